@@ -1,0 +1,11 @@
+"""Attention on contiguous KV rows: one strided view for K, one for V, a row number and a length per request.
+
+Needs torch and triton only. ``prefill_attention`` and ``decode_attention`` are Triton kernels,
+``reference_attention`` is plain torch and runs anywhere.
+"""
+
+from vtensor_kernels.decode import DecodeWorkspace, decode_attention
+from vtensor_kernels.prefill import prefill_attention
+from vtensor_kernels.reference import reference_attention
+
+__all__ = ["DecodeWorkspace", "decode_attention", "prefill_attention", "reference_attention"]

@@ -1,0 +1,427 @@
+"""Prefix-prefill: new queries against the whole row, prefix and new tokens alike, in one loop."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from vtensor_kernels import tile
+
+MAX_SPLITS = 32
+MIN_SPLIT_TOKENS = 1024
+"""A split shorter than this costs more in the second kernel than it wins."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """Tile sizes of one launch. ``block_m`` counts (token, query head of the group) pairs."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _find_tile(
+    index,
+    qo_indptr,
+    kv_lens,
+    batch,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    SORTED: tl.constexpr,
+):
+    """The index-th query tile of the batch, longest rows first: (request or -1, tile in the request, its tiles).
+
+    Every program derives the schedule from the lengths itself: no host copy, and no kernel before this one.
+    """
+    request = tl.arange(0, BLOCK_B)
+    inside = request < batch
+    start = tl.load(qo_indptr + request, mask=inside, other=0)
+    end = tl.load(qo_indptr + request + 1, mask=inside, other=0)
+    tiles = tl.cdiv((end - start) * GROUP, BLOCK_M)
+    if SORTED:
+        length = tl.load(kv_lens + request, mask=inside, other=0)
+        longer = length[None, :] > length[:, None]
+        earlier = (length[None, :] == length[:, None]) & (request[None, :] < request[:, None])
+        first = tl.sum(tl.where(longer | earlier, tiles[None, :], 0), axis=1)
+    else:
+        first = tl.cumsum(tiles, 0) - tiles
+    mine = (index >= first) & (index < first + tiles)
+    found = tl.max(tl.where(mine, request, -1), axis=0)
+    return found, index - tl.sum(tl.where(mine, first, 0), axis=0), tl.sum(tl.where(mine, tiles, 0), axis=0)
+
+
+@triton.jit(do_not_specialize=["batch", "num_tokens"])
+def _prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,  # [splits, num_tokens, q_heads] when SPLIT, else [num_tokens, q_heads] or None
+    sinks_ptr,
+    rows_ptr,
+    qo_indptr,
+    kv_lens,
+    batch,
+    num_tokens,
+    scale,
+    cap,
+    window,
+    v_scale,
+    stride_q_token,
+    stride_q_head,
+    stride_k_row,
+    stride_k_token,
+    stride_k_head,
+    stride_v_row,
+    stride_v_token,
+    stride_v_head,
+    stride_out_split,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_split,
+    stride_lse_token,
+    stride_lse_head,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    SORTED: tl.constexpr,
+    SPLIT: tl.constexpr,  # several programs share a tile's keys; out is then fp32 partials
+    MIN_SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """out = softmax(q k^T * sm_scale) v for one tile: BLOCK_M (token, query head) pairs of one kv head.
+
+    Packing the query heads of a group into the tile's rows fills it when a request has few new tokens.
+    """
+    kv_head = tl.program_id(0)
+    request, tile_index, num_tiles = _find_tile(
+        tl.program_id(1), qo_indptr, kv_lens, batch, GROUP, BLOCK_M, BLOCK_B, SORTED
+    )
+    if request < 0:
+        return
+    if CAUSAL:
+        tile_index = num_tiles - 1 - tile_index  # the tile with most keys first
+
+    q_start = tl.load(qo_indptr + request)
+    q_len = tl.load(qo_indptr + request + 1) - q_start
+    kv_len = tl.load(kv_lens + request)
+    row = tl.load(rows_ptr + request).to(tl.int64)
+
+    pair = tile_index * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = pair // GROUP
+    first_token = tile_index * BLOCK_M // GROUP
+    # Large offsets in 64 bits and once, those within the tile in 32.
+    tile_start = (q_start + first_token).to(tl.int64)
+    in_tile = token - first_token
+    head = kv_head * GROUP + pair % GROUP
+    is_query = token < q_len
+    position = kv_len - q_len + token
+
+    # Keys of this tile: [lo, hi). All of its queries see all of [left, right); the rest needs a mask.
+    first_position = kv_len - q_len + first_token
+    last_position = tl.minimum(kv_len - q_len + (tile_index * BLOCK_M + BLOCK_M - 1) // GROUP, kv_len - 1)
+    lo = 0
+    left = 0
+    hi = kv_len
+    right = kv_len
+    if CAUSAL:
+        hi = tl.maximum(last_position + 1, 0)
+        right = tl.maximum(first_position + 1, 0)
+    if HAS_WINDOW:
+        lo = tl.maximum(first_position - window, 0) // BLOCK_N * BLOCK_N
+        left = tl.cdiv(tl.maximum(last_position - window, 0), BLOCK_N) * BLOCK_N
+        if not CAUSAL:
+            hi = tl.minimum(hi, tl.maximum(last_position + window + 1, 0))
+            right = tl.minimum(right, tl.maximum(first_position + window + 1, 0))
+    right = right // BLOCK_N * BLOCK_N
+    if SPLIT:
+        split = tl.program_id(2)
+        splits = tl.minimum(tl.cdiv(hi - lo, MIN_SPLIT), tl.num_programs(2))
+        share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), tl.maximum(splits, 1)) * BLOCK_N
+        lo = tl.minimum(lo + split * share, hi)
+        hi = tl.minimum(lo + share, hi)
+        lse_ptr += split.to(tl.int64) * stride_lse_split
+        out_ptr += split.to(tl.int64) * stride_out_split
+
+    lse_ptrs = lse_ptr
+    if HAS_LSE or SPLIT:
+        lse_ptrs = lse_ptr + tile_start * stride_lse_token + in_tile * stride_lse_token + head * stride_lse_head
+    if SPLIT:  # noqa: SIM102  (one constexpr, one tensor)
+        if lo >= hi:
+            tl.store(lse_ptrs, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_query)
+            return
+
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_DV)
+    q_base = q_ptr + tile_start * stride_q_token
+    q = tl.load(
+        q_base + (in_tile * stride_q_token + head * stride_q_head)[:, None] + dim[None, :],
+        mask=is_query[:, None] & (dim < DIM)[None, :],
+        other=0.0,
+    ).to(DOT_DTYPE)
+    k_base = k_ptr + row * stride_k_row + kv_head.to(tl.int64) * stride_k_head
+    v_base = v_ptr + row * stride_v_row + kv_head.to(tl.int64) * stride_v_head
+    k_row = tile.open_row(k_base, stride_k_token, kv_len, DIM, BLOCK_N, BLOCK_D, USE_TMA)
+    v_row = tile.open_row(v_base, stride_v_token, kv_len, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if HAS_WINDOW:
+        acc, row_max, row_sum = tile.attend(
+            acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
+            lo, tl.minimum(left, hi), kv_len, position, scale, cap, window,
+            DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE,
+        )  # fmt: skip
+        lo = tl.maximum(lo, left)
+    acc, row_max, row_sum = tile.attend(
+        acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
+        lo, tl.minimum(right, hi), kv_len, position, scale, cap, window,
+        DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, False, DOT_DTYPE,
+    )  # fmt: skip
+    acc, row_max, row_sum = tile.attend(
+        acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
+        tl.maximum(lo, right), hi, kv_len, position, scale, cap, window,
+        DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE,
+    )  # fmt: skip
+
+    if HAS_SINKS and not SPLIT:
+        sink = tl.load(sinks_ptr + head, mask=is_query, other=0.0).to(tl.float32) * 1.4426950408889634
+        with_sink = tl.maximum(row_max, sink)
+        rescale = tl.exp2(row_max - with_sink)
+        row_sum = row_sum * rescale + tl.exp2(sink - with_sink)
+        acc *= rescale[:, None]
+        row_max = with_sink
+    empty = row_sum == 0.0
+    acc *= (v_scale / tl.where(empty, 1.0, row_sum))[:, None]
+    if HAS_LSE or SPLIT:
+        log_sum = (row_max + tl.log2(tl.where(empty, 1.0, row_sum))) * 0.6931471805599453
+        tl.store(lse_ptrs, tl.where(empty, float("-inf"), log_sum), mask=is_query)
+    out_base = out_ptr + tile_start * stride_out_token
+    tl.store(
+        out_base + (in_tile * stride_out_token + head * stride_out_head)[:, None] + dim_v[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=is_query[:, None] & (dim_v < V_DIM)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine_kernel(
+    partial_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    last_ptr,
+    splits,
+    stride_partial_split,
+    stride_partial_token,
+    stride_partial_head,
+    stride_plse_split,
+    stride_plse_token,
+    stride_plse_head,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
+    stride_lse_head,
+    V_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """out = sum_s exp(lse_s - lse) partial_s for one token and head. A split without keys has lse_s = -inf."""
+    token = tl.program_id(0)
+    if token >= tl.load(last_ptr):  # behind the last query: padding, whose partials nobody wrote
+        return
+    token = token.to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.arange(0, BLOCK_S)
+    part = tl.load(
+        partial_lse_ptr + split * stride_plse_split + token * stride_plse_token + head * stride_plse_head,
+        mask=split < splits,
+        other=float("-inf"),
+    )
+    biggest = tl.max(part, axis=0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        biggest = tl.maximum(biggest, sink)
+    biggest = tl.where(biggest == float("-inf"), 0.0, biggest)
+    weight = tl.exp(part - biggest)
+    total = tl.sum(weight, axis=0)
+    if HAS_SINKS:
+        total += tl.exp(sink - biggest)
+
+    dim = tl.arange(0, BLOCK_DV)
+    partial = tl.load(
+        partial_ptr
+        + split[:, None].to(tl.int64) * stride_partial_split
+        + token * stride_partial_token
+        + head * stride_partial_head
+        + dim[None, :],
+        mask=(part > float("-inf"))[:, None] & (dim < V_DIM)[None, :],
+        other=0.0,
+    )
+    acc = tl.sum(partial * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(
+        out_ptr + token * stride_out_token + head * stride_out_head + dim,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=dim < V_DIM,
+    )
+    if HAS_LSE:
+        log_sum = tl.where(total == 0.0, float("-inf"), biggest + tl.log(tl.where(total == 0.0, 1.0, total)))
+        tl.store(lse_ptr + token * stride_lse_token + head * stride_lse_head, log_sum)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_q_len: int,
+    *,
+    sm_scale: float,
+    causal: bool = True,
+    logit_cap: float = 0.0,
+    sliding_window: int = -1,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    sinks: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    loads: str = "auto",
+    config: PrefillConfig | None = None,
+) -> None:
+    """Attention of each request's new queries over its row. Writes ``out``, and ``lse`` where given.
+
+    The new tokens' K and V must be in the row already. Query i of request b sits at position
+    ``kv_lens[b] - q_len + i``. Nothing behind ``kv_lens[b]`` is read: it may be unmapped, or hold NaN.
+
+    Args:
+        q: [num_tokens, q_heads, head_dim], bfloat16, float16 or float32. Tokens behind ``qo_indptr[-1]`` are padding.
+        k: [num_rows, max_tokens, kv_heads, head_dim], q's dtype or fp8. Any row, token and head stride, in elements,
+            also beyond 2**31; the last stride is 1.
+        v: [num_rows, max_tokens, kv_heads, v_head_dim], like k.
+        out: [num_tokens, q_heads, v_head_dim], any float dtype.
+        rows: [batch] int32 or int64, row number of each request.
+        qo_indptr: [batch + 1] int32, where each request's queries start in q.
+        kv_lens: [batch] int32, tokens in the row: prefix and new ones.
+        max_q_len: an upper bound of the requests' numbers of queries.
+        sm_scale: factor on q k^T, before the cap. Positive.
+        causal: whether a query sees only positions up to its own.
+        logit_cap: c > 0 turns a score s into c * tanh(s / c).
+        sliding_window: w > 0: a query sees its own position and the w before it (and after it when not causal).
+        k_scale, v_scale: factors that turn the stored (fp8) K and V into their values.
+        sinks: [q_heads], one extra logit in each head's softmax denominator.
+        lse: [num_tokens, q_heads] float32, receives the natural log of the denominator, sink included.
+        loads: "tma", "pointer", or "auto" for whichever this device and layout allow.
+        config: tile sizes, for measurements; the default is chosen by device and shape.
+
+    Raises:
+        ValueError: a layout, dtype or device that the kernel does not take; the message says what to change.
+    """
+    tile.check_layout(q, k, v, out, sinks, sm_scale)
+    num_tokens, q_heads, head_dim = q.shape
+    kv_heads, v_head_dim = v.shape[2:]
+    batch = rows.shape[0]
+    if qo_indptr.shape[0] != batch + 1 or kv_lens.shape[0] != batch:
+        raise ValueError(f"rows has {batch} requests: qo_indptr needs {batch + 1} entries and kv_lens {batch}")
+    if num_tokens == 0 or batch == 0 or max_q_len == 0:
+        return
+
+    group = q_heads // kv_heads
+    use_tma = tile.use_descriptors(loads, k, v)
+    if config is None:
+        config = choose_config(tile.capability(q.device), head_dim, v_head_dim, q.dtype, max_q_len * group)
+    tiles = min(batch * triton.cdiv(max_q_len * group, config.block_m), num_tokens * group // config.block_m + batch)
+    splits = min(MAX_SPLITS, tile.processors(q.device) // (tiles * kv_heads))
+    target, target_lse = out, lse
+    if splits > 1:
+        target = torch.empty(splits, num_tokens, q_heads, v_head_dim, dtype=torch.float32, device=q.device)
+        target_lse = torch.empty(splits, num_tokens, q_heads, dtype=torch.float32, device=q.device)
+
+    scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
+    if use_tma and not tile.INTERPRETING:
+        triton.set_allocator(tile.allocate_scratch)
+    _prefill_kernel[(kv_heads, tiles, max(splits, 1))](
+        q, k, v, target, target_lse, sinks, rows, qo_indptr, kv_lens,
+        batch, num_tokens, scale, cap, sliding_window, v_scale,
+        *q.stride()[:2],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *(target.stride()[:3] if splits > 1 else (0, *out.stride()[:2])),
+        *(target_lse.stride() if splits > 1 else (0, *lse.stride()) if lse is not None else (0, 0, 0)),
+        GROUP=group,
+        DIM=head_dim,
+        V_DIM=v_head_dim,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=tile.block_dim(head_dim),
+        BLOCK_DV=tile.block_dim(v_head_dim),
+        BLOCK_B=tile.block_batch(batch),
+        SORTED=batch <= 128,
+        SPLIT=splits > 1,
+        MIN_SPLIT=MIN_SPLIT_TOKENS,
+        CAUSAL=causal,
+        HAS_CAP=logit_cap > 0,
+        HAS_WINDOW=sliding_window > 0,
+        HAS_SINKS=sinks is not None,
+        HAS_LSE=lse is not None,
+        USE_TMA=use_tma,
+        DOT_DTYPE=tile.dot_dtype(q.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(num_tokens, q_heads)](
+            target, target_lse, out, lse, sinks, qo_indptr[batch:], splits,
+            *target.stride()[:3],
+            *target_lse.stride(),
+            *out.stride()[:2],
+            *(lse.stride() if lse is not None else (0, 0)),
+            V_DIM=v_head_dim,
+            BLOCK_DV=tile.block_dim(v_head_dim),
+            BLOCK_S=MAX_SPLITS,
+            HAS_SINKS=sinks is not None,
+            HAS_LSE=lse is not None,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def choose_config(
+    capability: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, queries_per_kv_head: int
+) -> PrefillConfig:
+    """Tile sizes for a device (90 = sm_90, 0 = interpreter) and a shape; see ``bench/bench_prefill.py`` for why."""
+    if capability == 0:
+        return PrefillConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
+    width = tile.block_dim(max(head_dim, v_head_dim))
+    if dtype == torch.float32:
+        return PrefillConfig(block_m=32, block_n=32, num_warps=4, num_stages=1 if width > 128 else 2)
+    few = queries_per_kv_head <= 64
+    if capability >= 90:  # 228 KiB of shared memory, bulk copies
+        if width > 128:
+            return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=2)
+        return PrefillConfig(block_m=64 if few else 128, block_n=128, num_warps=4 if few else 8, num_stages=3)
+    if width > 128:  # 100 KiB on sm_86 and sm_89
+        return PrefillConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
+    return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4, num_stages=2)

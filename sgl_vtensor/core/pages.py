@@ -1,0 +1,202 @@
+"""The pages of the pool: which are backed by physical memory, which are free, and where their home is.
+
+A page id is what SGLang knows (slot = page_id * page_tokens + offset). Its home address is fixed; physical memory is
+created at its first use and mapped there for as long as the page is backed. Page 0 takes what padded tokens write: it is
+always backed and never handed out.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from sgl_vtensor.core.layout import KVLayout, kv_views
+from sgl_vtensor.errors import OutOfMemory, VTensorError
+from sgl_vtensor.vmm.driver import VmmDriver
+
+PADDING_PAGE = 0
+
+
+class Pages:
+    """``num_pages`` usable pages with ids ``[1, num_pages]``, and the padding page 0.
+
+    A page is in one of four states: *in use*; *free and backed*; *free and unbacked*; or *fenced*: free in the books,
+    but a running row still reads it as a duplicate, so it is handed out last (``Rows.release_duplicates``).
+    """
+
+    def __init__(self, driver: VmmDriver, layout: KVLayout, num_pages: int, *, limit_pages: int | None = None) -> None:
+        self.driver = driver
+        self.layout = layout
+        self.num_pages = num_pages
+        self.limit_pages = num_pages if limit_pages is None else limit_pages
+        self.home_bytes = (num_pages + 1) * layout.page_bytes
+        self.home_base = driver.reserve(self.home_bytes)
+        self._handles = np.zeros(num_pages + 1, dtype=np.uint64)
+        self.backed = np.zeros(num_pages + 1, dtype=bool)
+        self.is_free = np.zeros(num_pages + 1, dtype=bool)
+        self._free_backed: OrderedDict[int, int] = OrderedDict()  # page -> epoch at which it was freed
+        self._free_unbacked = list(range(num_pages, 0, -1))
+        self.fenced: OrderedDict[int, None] = OrderedDict()
+        self.fresh: list[int] = []
+        """Backed since the last launch: to be zeroed on the forward stream before anything reads them."""
+        self.is_free[1:] = True
+        self._back(PADDING_PAGE)
+
+    def home(self, page: int) -> int:
+        return self.home_base + page * self.layout.page_bytes
+
+    def handle(self, page: int) -> int:
+        """The driver's handle of a backed page."""
+        return int(self._handles[page])
+
+    @property
+    def num_available(self) -> int:
+        """Pages that are not in use."""
+        return len(self._free_backed) + len(self._free_unbacked) + len(self.fenced)
+
+    @property
+    def num_free_backed(self) -> int:
+        return len(self._free_backed)
+
+    @property
+    def num_backed(self) -> int:
+        """Pages with physical memory, the padding page included."""
+        return self.num_pages + 1 - len(self._free_unbacked)
+
+    @property
+    def num_in_use(self) -> int:
+        return self.num_pages - self.num_available
+
+    def tensor(self) -> torch.Tensor:
+        """The whole home range as flat bytes. Only backed pages may be touched."""
+        return self.driver.tensor(self.home_base, self.home_bytes)
+
+    def home_views(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer at the pages' homes: ``[(num_pages + 1) * page_tokens, kv_heads, head_dim]``, strided.
+
+        This is where keys and values are written, and what a paged backend reads. Only backed pages may be touched.
+        """
+        num_tokens = (self.num_pages + 1) * self.layout.page_tokens
+        return kv_views(
+            self.tensor(), self.layout, layer, dtype, (num_tokens,), (self.layout.token_stride_bytes,)
+        )
+
+    def secure(self, num_pages: int) -> bool:
+        """Back free pages until ``num_pages`` of them can be taken without asking the driver for memory.
+
+        Returns False where the limit or the device's memory does not allow it; what could be backed stays backed.
+        """
+        while len(self._free_backed) < num_pages:
+            if not self._free_unbacked or self.num_backed > self.limit_pages:
+                return False
+            page = self._free_unbacked[-1]
+            try:
+                self._back(page)
+            except OutOfMemory:
+                return False
+            self._free_unbacked.pop()
+            self._free_backed[page] = 0
+        return True
+
+    def take_many(self, num_pages: int) -> list[int]:
+        """Take pages out of the free ones: backed ones first, the longest free first.
+
+        Raises:
+            OutOfMemory: there are too few; nothing was taken. The caller secures them before it commits itself.
+        """
+        if not self.secure(num_pages):
+            raise OutOfMemory(
+                "cuMemCreate",
+                "VTENSOR_NO_PAGES",
+                f"{num_pages} pages are needed and {len(self._free_backed)} are ready; free pages or raise the limit",
+            )
+        taken = [self._free_backed.popitem(last=False)[0] for _ in range(num_pages)]
+        self.is_free[taken] = False
+        return taken
+
+    def take(self, page: int) -> bool:
+        """Take this very page if it is free and backed."""
+        if self._free_backed.pop(page, None) is None:
+            return False
+        self.is_free[page] = False
+        return True
+
+    def free(self, pages: Iterable[int], epoch: int) -> None:
+        """Give pages back to the books. They stay backed; launches up to ``epoch`` may still read them."""
+        for page in pages:
+            if self.is_free[page] or page == PADDING_PAGE:
+                raise VTensorError(f"page {page} is freed twice, or was never handed out; please report this")
+            self.is_free[page] = True
+            self._free_backed[page] = epoch
+
+    def fence(self, page: int) -> None:
+        """Free a page in the books only: a running row still reads it."""
+        if self.is_free[page]:
+            raise VTensorError(f"page {page} is freed twice; please report this")
+        self.is_free[page] = True
+        self.fenced[page] = None
+
+    def unfence(self, page: int, epoch: int) -> None:
+        """The row that read the duplicate is done with it, or maps another page there."""
+        del self.fenced[page]
+        self._free_backed[page] = epoch
+
+    def releasable(self, keep_pages: int, settled_epoch: int) -> list[int]:
+        """Free backed pages beyond ``keep_pages`` that no launch can read any more, the longest free first."""
+        surplus = len(self._free_backed) - keep_pages
+        chosen: list[int] = []
+        for page, epoch in self._free_backed.items():
+            if len(chosen) >= surplus:
+                break
+            if epoch <= settled_epoch:
+                chosen.append(page)
+        return chosen
+
+    def release(self, page: int) -> None:
+        """Give a free page's physical memory back. It must not be mapped in any row (``Rows.forget``)."""
+        if page not in self._free_backed:
+            raise VTensorError(f"page {page} is not free and backed, so its memory cannot be released")
+        self.driver.unmap(self.home(page), self.layout.page_bytes)
+        self.driver.release(self.handle(page))
+        del self._free_backed[page]
+        self.backed[page] = False
+        self._handles[page] = 0
+        self._free_unbacked.append(page)
+
+    def take_fresh(self) -> Sequence[int]:
+        """Pages to zero before the next launch; the caller does it."""
+        fresh, self.fresh = [page for page in self.fresh if self.backed[page]], []
+        return fresh
+
+    def reset(self, epoch: int) -> None:
+        """Everything is free again; backed pages stay backed."""
+        for page in self.fenced:
+            self._free_backed[page] = epoch
+        self.fenced.clear()
+        in_use = np.flatnonzero(~self.is_free[1:]) + 1
+        for page in in_use.tolist():
+            self._free_backed[page] = epoch
+        self.is_free[1:] = True
+
+    def close(self) -> None:
+        """Unmap and release every page and give back the address range."""
+        for page in np.flatnonzero(self.backed).tolist():
+            self.driver.unmap(self.home(page), self.layout.page_bytes)
+            self.driver.release(self.handle(page))
+        self.backed[:] = False
+        self.driver.free_reservation(self.home_base, self.home_bytes)
+
+    def _back(self, page: int) -> None:
+        page_bytes = self.layout.page_bytes
+        handle = self.driver.create(page_bytes)
+        try:
+            self.driver.map(self.home(page), handle, page_bytes, writable=True)
+        except VTensorError:
+            self.driver.release(handle)
+            raise
+        self._handles[page] = handle
+        self.backed[page] = True
+        self.fresh.append(page)

@@ -1,0 +1,280 @@
+"""The pool: pages, rows, and the ledger that says which pages each request has.
+
+The main path, once a scheduling step: ``open`` a request, ``grow`` it (secured before), ``ensure`` its row, launch,
+``close`` it (its row retires), and ``drain`` what the launches have let go. A request is known by its *slot*, SGLang's
+``req_pool_idx``; slot 0 is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sgl_vtensor.core.epochs import Epochs, Fence
+from sgl_vtensor.core.layout import KVLayout, kv_views
+from sgl_vtensor.core.pages import Pages
+from sgl_vtensor.core.rows import PADDING_ROW, PageArray, Rows
+from sgl_vtensor.errors import OutOfMemory, VTensorError
+from sgl_vtensor.vmm.driver import VmmDriver
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """One look at the pool. Counts of pages leave out the padding page, bytes do not."""
+
+    num_pages: int
+    pages_backed: int
+    pages_in_use: int
+    pages_shared: int
+    pages_fenced: int
+    rows_running: int
+    rows_parked: int
+    mappings: int
+    physical_bytes: int
+    limit_bytes: int
+    driver_calls: dict[str, int]
+
+
+class VTensorPool:
+    """KV memory of one rank: pages seen through rows of up to ``max_len_tokens`` tokens.
+
+    Args:
+        num_slots: the largest slot number; slots are ``[1, num_slots]``.
+        num_rows: rows to keep, the padding row included; more than ``num_slots``, since parked rows are a cache.
+        max_mappings: how many mappings the rows may hold in all (``None``: no limit but the driver's).
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        *,
+        num_slots: int,
+        max_len_tokens: int,
+        num_rows: int | None = None,
+        max_mappings: int | None = None,
+    ) -> None:
+        self.pages = pages
+        self.driver: VmmDriver = pages.driver
+        self.layout: KVLayout = pages.layout
+        self.epochs = Epochs()
+        max_pages = self.layout.num_pages(max_len_tokens)
+        self.rows = Rows(
+            self.pages,
+            self.epochs,
+            num_rows=num_rows or 2 * num_slots + 1,
+            max_pages=max_pages,
+            max_mappings=max_mappings,
+        )
+        self.num_slots = num_slots
+        self.wanted = np.zeros((num_slots + 1, max_pages), dtype=np.int32)
+        self.num_wanted = np.zeros(num_slots + 1, dtype=np.int64)
+        self.num_synced = np.zeros(num_slots + 1, dtype=np.int64)
+        self.row_of_slot = np.full(num_slots + 1, PADDING_ROW, dtype=np.int32)
+
+    # The life of a request.
+
+    def open(self, slot: int, prefix_pages: Sequence[int], len_tokens: int) -> int:
+        """Give a new request its row; its first pages are the tree's. ``len_tokens`` is what it is about to have."""
+        if self.is_open(slot):
+            raise VTensorError(f"slot {slot} is open already; please report this")
+        prefix = np.asarray(prefix_pages, dtype=np.int32)
+        row = self.rows.acquire(prefix, self.layout.num_pages(len_tokens))
+        self.wanted[slot, : len(prefix)] = prefix
+        self.num_wanted[slot] = len(prefix)
+        self.num_synced[slot] = 0
+        self.row_of_slot[slot] = row
+        return row
+
+    def is_open(self, slot: int) -> bool:
+        return bool(self.row_of_slot[slot])
+
+    def grow(self, slots: Sequence[int], lens_tokens: Sequence[int]) -> bool:
+        """Give each request pages for so many tokens. All or nothing.
+
+        A free page that a row maps already at the place where it is needed is taken first: it costs no driver call.
+
+        Returns False where there are too few pages; then nothing has changed.
+        """
+        needs: list[tuple[int, int]] = []  # (slot, position)
+        for slot, len_tokens in zip(slots, lens_tokens, strict=True):
+            stop = self.layout.num_pages(len_tokens)
+            if stop > self.rows.max_pages:
+                raise VTensorError(
+                    f"a request of {len_tokens} tokens does not fit a row of "
+                    f"{self.rows.max_pages * self.layout.page_tokens}; please report this"
+                )
+            needs.extend((slot, position) for position in range(int(self.num_wanted[slot]), stop))
+        if not needs:
+            return True
+        if not self.secure(len(needs)):
+            return False
+        rest: list[tuple[int, int]] = []
+        for slot, position in needs:
+            page = self.rows.hint(int(self.row_of_slot[slot]), position)
+            if page and self.pages.take(page):
+                self.wanted[slot, position] = page
+            else:
+                rest.append((slot, position))
+        for (slot, position), page in zip(rest, self.pages.take_many(len(rest)), strict=True):
+            self.wanted[slot, position] = page
+        for slot, position in needs:
+            self.num_wanted[slot] = position + 1
+        return True
+
+    def ensure(self, slots: Iterable[int]) -> int:
+        """Map every request's row to all pages that it has; returns how many positions changed.
+
+        Raises:
+            DriverError: a mapping was refused. SGLang has committed itself by now, so the server must stop.
+        """
+        changed = 0
+        for slot in slots:
+            start, stop = int(self.num_synced[slot]), int(self.num_wanted[slot])
+            if start < stop:
+                changed += self.rows.ensure(int(self.row_of_slot[slot]), self.wanted[slot], start, stop)
+                self.num_synced[slot] = stop
+        return changed
+
+    def adopt(self, slot: int, start: int, pages: Sequence[int]) -> list[int]:
+        """The tree keeps its own copies of ``[start, start + len(pages))``: the request uses those from now on.
+
+        The request's duplicates go back to the books, but a launch may still read them through the row, so they are
+        fenced until the row retires (design: wall W1).
+
+        Returns the positions that changed.
+        """
+        row = int(self.row_of_slot[slot])
+        changed = []
+        for position, page in enumerate(pages, start):
+            duplicate = int(self.wanted[slot, position])
+            if duplicate == page:
+                continue
+            self.wanted[slot, position] = page
+            changed.append(position)
+            if position < self.num_synced[slot]:
+                self.rows.keep_duplicate(row, position, duplicate)
+            else:
+                self.free([duplicate])
+        return changed
+
+    def pages_of(self, slot: int, start: int, stop: int) -> list[int]:
+        """The request's pages at positions ``[start, stop)``."""
+        if not 0 <= start <= stop <= self.num_wanted[slot]:
+            raise VTensorError(f"slot {slot} has {self.num_wanted[slot]} pages, not [{start}, {stop})")
+        pages: list[int] = self.wanted[slot, start:stop].tolist()
+        return pages
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Give pages back that a request or the tree owned. Launches under way may still use them."""
+        self.pages.free(pages, self.epochs.launched)
+
+    def close(self, slot: int) -> None:
+        """The request has ended and its pages have been given back or kept by the tree: its row retires."""
+        row = int(self.row_of_slot[slot])
+        if row == PADDING_ROW:
+            return
+        self.row_of_slot[slot] = PADDING_ROW
+        self.num_wanted[slot] = 0
+        self.num_synced[slot] = 0
+        self.rows.retire(row)
+
+    # Memory.
+
+    def secure(self, num_pages: int) -> bool:
+        """Make sure that ``num_pages`` pages can be had without any further driver memory.
+
+        Where only fenced duplicates are left, waits for the launch under way and maps the tree's pages in their place.
+        """
+        if self.pages.secure(num_pages):
+            return True
+        if not self.pages.fenced:
+            return False
+        self.epochs.settle(self.epochs.launched)
+        wanted = {int(row): self.wanted[slot] for slot, row in enumerate(self.row_of_slot) if row != PADDING_ROW}
+        self.rows.release_duplicates(wanted)
+        return self.pages.secure(num_pages)
+
+    def shrink(self, keep_pages: int) -> int:
+        """Release free pages beyond ``keep_pages`` that no launch can read; returns how many."""
+        released = 0
+        for page in self.pages.releasable(keep_pages, self.epochs.settled):
+            if not self.rows.can_forget(page):
+                continue
+            self.rows.forget(page)
+            self.pages.release(page)
+            released += 1
+        return released
+
+    def creatable_pages(self, margin_bytes: int = 0) -> int:
+        """How many more pages the limit and the device's free memory allow."""
+        free_bytes, _ = self.driver.memory_info()
+        by_device = max(0, free_bytes - margin_bytes) // self.layout.page_bytes
+        by_limit = max(0, self.pages.limit_pages + 1 - self.pages.num_backed)
+        unbacked = self.pages.num_pages + 1 - self.pages.num_backed
+        return min(by_device, by_limit, unbacked)
+
+    # Launches.
+
+    def launch(self, fence: Fence | None) -> None:
+        """A forward pass that may read every running row has been queued; ``fence`` says when it has finished."""
+        self.epochs.launch(fence)
+
+    def drain(self, *, in_flight: int) -> None:
+        """All launches but the newest ``in_flight`` have finished, as the scheduler knows."""
+        self.epochs.settle(self.epochs.launched - in_flight)
+
+    def reset(self) -> None:
+        """Forget every request and free every page; nothing is running. Mappings and memory stay as a cache."""
+        self.epochs.settle(self.epochs.launched)
+        for slot in np.flatnonzero(self.row_of_slot).tolist():
+            self.close(slot)
+        self.pages.reset(self.epochs.launched)
+
+    def shutdown(self) -> None:
+        """Give everything back to the driver."""
+        self.epochs.settle(self.epochs.launched)
+        self.rows.close()
+        self.pages.close()
+
+    # Views.
+
+    def row_views(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer as the rows show them: ``[num_rows, max_tokens, kv_heads, head_dim]``, strided.
+
+        Only positions that ``ensure`` has mapped may be read; nothing may be written.
+        """
+        layout, rows = self.layout, self.rows
+        shape = (rows.num_rows, rows.max_pages * layout.page_tokens)
+        return kv_views(rows.tensor(), layout, layer, dtype, shape, (rows.row_bytes, layout.token_stride_bytes))
+
+    # Figures.
+
+    def pages_shared(self) -> int:
+        """Pages that more than one running request has."""
+        counts: npt.NDArray[np.int64] = np.zeros(self.pages.num_pages + 1, dtype=np.int64)
+        for slot in np.flatnonzero(self.row_of_slot).tolist():
+            counts[self.wanted[slot, : self.num_wanted[slot]]] += 1
+        return int(np.count_nonzero(counts > 1))
+
+    def stats(self) -> PoolStats:
+        pages, rows = self.pages, self.rows
+        return PoolStats(
+            num_pages=pages.num_pages,
+            pages_backed=pages.num_backed - 1,
+            pages_in_use=pages.num_in_use,
+            pages_shared=self.pages_shared(),
+            pages_fenced=len(pages.fenced),
+            rows_running=rows.num_running,
+            rows_parked=rows.num_parked,
+            mappings=rows.num_mappings,
+            physical_bytes=pages.num_backed * self.layout.page_bytes,
+            limit_bytes=pages.limit_pages * self.layout.page_bytes,
+            driver_calls=dict(self.driver.calls),
+        )
+
+
+__all__ = ["OutOfMemory", "PageArray", "PoolStats", "VTensorPool"]

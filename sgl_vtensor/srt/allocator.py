@@ -1,0 +1,206 @@
+"""SGLang's paged allocator with its free list on the host: it knows which request gets which page, without a sync."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+
+from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.errors import VTensorError
+from sgl_vtensor.srt.flags import active_config
+from sgl_vtensor.srt.pool import VTensorKVPool
+
+logger = logging.getLogger(__name__)
+
+MARGIN_BYTES = 512 << 20
+"""Device memory that is never planned with: other allocations of this process and its neighbours need some."""
+
+
+class VTensorPrefillBudget(PrefillBudget):
+    """Admits no more than the device's memory can back, whatever the books say (design: wall W3)."""
+
+    def __init__(self, allocator: VTensorAllocator, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> None:
+        super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+        self._creatable_tokens = allocator.pool.creatable_pages(allocator.margin_bytes) * allocator.page_size
+
+    def _available_and_evictable(self) -> int:
+        evictable = self.tree_cache.evictable_size()
+        ready = self.allocator.pool.pages.num_free_backed * self.page_size
+        return min(self.allocator.available_size(), ready + self._creatable_tokens) + evictable
+
+
+class VTensorAllocator(PagedTokenToKVPoolAllocator):
+    """Slots are ``page_id * page_size + offset``, as in the base class; pages come from :class:`VTensorPool`.
+
+    SGLang's calls carry no request, so ``serving`` names the batch for which the calls inside it are made.
+    """
+
+    _kvcache: VTensorKVPool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._pool: VTensorPool | None = None
+        self._batch: Any = None
+        super().__init__(*args, **kwargs)
+        self.margin_bytes = MARGIN_BYTES if self._kvcache.pages.driver.name == "cuda" else 0
+
+    def attach(self, pool: VTensorPool) -> None:
+        """The rows exist now; allocation may begin."""
+        self._pool = pool
+
+    @property
+    def pool(self) -> VTensorPool:
+        if self._pool is None:
+            raise VTensorError("pages are asked for before the rows were made; please report this")
+        return self._pool
+
+    @contextmanager
+    def serving(self, batch: Any) -> Iterator[None]:
+        """Allocate for this batch: its requests, in its order."""
+        self.pool.drain(in_flight=1 if batch.enable_overlap else 0)
+        self._batch = batch
+        try:
+            yield
+        finally:
+            self._batch = None
+
+    # Capacity. Retired pages count as available: reuse is ordered by the forward stream.
+
+    def available_size(self) -> int:
+        available: int = self._kvcache.pages.num_available * self.page_size
+        return available
+
+    def get_all_free_pages(self) -> torch.Tensor:
+        return torch.from_numpy(np.flatnonzero(self._kvcache.pages.is_free)).to(self.device)
+
+    def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> VTensorPrefillBudget:
+        return VTensorPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+
+    def check_decode_capacity(
+        self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
+    ) -> bool:
+        """Whether the next step's pages are there, physically; SGLang retracts requests until they are."""
+        if not super().check_decode_capacity(
+            num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
+        ):
+            return False
+        num_pages = -(-num_tokens // self.page_size)
+        return self.pool.secure(num_pages) or self._evict_until(lambda: self.pool.secure(num_pages), tree_cache)
+
+    # Allocation.
+
+    def alloc_extend(
+        self,
+        prefix_lens: torch.Tensor,
+        prefix_lens_cpu: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        last_loc: torch.Tensor,
+        extend_num_tokens: int,
+        num_new_pages: int | None = None,
+    ) -> torch.Tensor | None:
+        batch, pool = self._serving_batch(), self.pool
+        starts, stops = prefix_lens_cpu.tolist(), seq_lens_cpu.tolist()
+        slots = [req.kv.req_pool_idx for req in batch.reqs]
+        opened = []
+        for req, slot, start, stop in zip(batch.reqs, slots, starts, stops, strict=True):
+            if not pool.is_open(slot):
+                pool.open(slot, batch.tree_cache.prefix_pages(req)[: start // self.page_size], stop)
+                opened.append(slot)
+        if not self._grow(slots, stops, batch.tree_cache):
+            for slot in opened:
+                pool.close(slot)
+            return None
+        spans = [
+            self._slots_of(slot, np.arange(start, stop)) for slot, start, stop in zip(slots, starts, stops, strict=True)
+        ]
+        return self._to_device(np.concatenate(spans))
+
+    def alloc_decode(
+        self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
+    ) -> torch.Tensor | None:
+        batch = self._serving_batch()
+        slots, stops = batch.req_pool_indices_cpu.numpy(), seq_lens_cpu.numpy()
+        crossing = np.flatnonzero((stops - 1) % self.page_size == 0)
+        if crossing.size and not self._grow(slots[crossing].tolist(), stops[crossing].tolist(), batch.tree_cache):
+            return None
+        return self._to_device(self._slots_of(slots, stops - 1))
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        raise VTensorError("pages without a request are asked for; a feature in use does not work with --enable-vtensor")
+
+    def _serving_batch(self) -> Any:
+        if self._batch is None:
+            raise VTensorError("pages are asked for outside a batch; a feature in use does not work with --enable-vtensor")
+        return self._batch
+
+    def _grow(self, slots: list[int], stops: list[int], tree_cache: Any) -> bool:
+        grow = lambda: self.pool.grow(slots, stops)  # noqa: E731
+        return grow() or self._evict_until(grow, tree_cache)
+
+    def _evict_until(self, succeeds: Callable[[], bool], tree_cache: Any) -> bool:
+        """Evict cached prefixes, page by page, until a neighbour's hunger for memory is made good."""
+        while tree_cache.evict(EvictParams(num_tokens=self.page_size)).num_tokens_evicted > 0:
+            if succeeds():
+                return True
+        return False
+
+    def _slots_of(self, slot: Any, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Token slots at token positions of one request (or of one request each)."""
+        pages = self.pool.wanted[slot, positions // self.page_size].astype(np.int64)
+        slots: npt.NDArray[np.int64] = pages * self.page_size + positions % self.page_size
+        return slots
+
+    def _to_device(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return to_device(values, self.device)
+
+    # Freeing: always host pages, never a device tensor.
+
+    def free_pages_now(self, pages: list[int]) -> None:
+        self.pool.free(pages)
+
+    def free_segment(self, free_index: Any, *, start_pos: int) -> None:
+        """Free what the tree evicts: a :class:`~sgl_vtensor.srt.prefix.PageRun`."""
+        self.pool.free(free_index.pages)
+
+    def free(self, free_index: torch.Tensor) -> None:
+        # SGLang comes here only to roll back an allocation whose rows could not be mapped: the server stops anyway.
+        logger.error("vTensor memory could not map a batch that SGLang has committed itself to; the server stops")
+
+    def free_group_begin(self) -> None:
+        self.free_group = []
+
+    def free_group_end(self) -> None:
+        self.free_group = None
+
+    def merge_and_sort_free(self) -> None:
+        pass
+
+    def clear(self) -> None:
+        self.free_group = None
+        if self._pool is not None:
+            self._pool.reset()
+
+
+def to_device(values: npt.NDArray[np.int64], device: Any) -> torch.Tensor:
+    """Copy host numbers to the device without waiting: from pinned memory, in stream order."""
+    tensor = torch.from_numpy(values)
+    if torch.device(device).type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def paged_allocator_class(original: Callable[..., Any], platform: Any) -> type | None:
+    """Hook: the allocator class of a CUDA server with ``--enable-vtensor``."""
+    if active_config() is None:
+        allocator_class: type | None = original(platform)
+        return allocator_class
+    return VTensorAllocator

@@ -1,0 +1,303 @@
+"""The attention backend ``vtensor``: kernels read each request's keys and values as one strided view of its row.
+
+Writes go through the home range, by SGLang's own writer, in a launch of their own: within one kernel two addresses of
+the same memory need not agree (CUDA programming guide, virtual aliasing).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.server_args import add_attention_backend_choices
+from vtensor_kernels import DecodeWorkspace, decode_attention, prefill_attention, reference_attention
+
+from sgl_vtensor.errors import ConfigError
+from sgl_vtensor.srt.flags import NAME
+from sgl_vtensor.srt.runtime import Runtime, runtime_of
+
+logger = logging.getLogger(__name__)
+
+MAX_VIEW_LAUNCHES = 8
+"""FlashAttention-3 on a view is one launch a request; beyond this many our own kernel takes the batch at once."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the layers of one forward pass share. Device tensors keep their address where a graph is captured."""
+
+    rows: torch.Tensor  # [batch] int32
+    kv_lens: torch.Tensor  # [batch] int32
+    qo_indptr: torch.Tensor | None = None  # [batch + 1] int32, extend only
+    max_q_len: int = 1
+    host_rows: tuple[int, ...] = ()  # extend only
+    host_q_starts: tuple[int, ...] = ()  # extend only, [batch + 1]
+    host_kv_lens: tuple[int, ...] = ()  # extend only
+
+
+class VTensorAttnBackend(AttentionBackend):
+    """Attention over rows. SGLang makes one for each model runner.
+
+    Raises:
+        ConfigError: the memory under this server is not vTensor memory, or a kernel that was asked for is absent.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        runtime = runtime_of(runner)
+        if runtime is None:
+            raise ConfigError(
+                "the attention backend vtensor needs vTensor memory: start the server with --enable-vtensor, and look "
+                "in the log above for a hook that SGLang did not install"
+            )
+        self.runtime: Runtime = runtime
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.device = runtime.pool.driver.device
+        self.forward_metadata: Metadata | None = None
+        dtype = self.token_to_kv_pool.dtype
+        first = self.token_to_kv_pool.start_layer
+        self._views = {
+            first + layer: runtime.pool.row_views(layer, dtype) for layer in range(self.token_to_kv_pool.layer_num)
+        }
+        parallel = runner.model_config.get_num_attention_heads(runner.server_args.tp_size)
+        self._num_q_heads: int = parallel
+        self._max_batch = self.req_to_token_pool.size + 1
+        self._rows = torch.zeros(self._max_batch, dtype=torch.int32, device=self.device)
+        self._kv_lens = torch.zeros(self._max_batch, dtype=torch.int32, device=self.device)
+        self.kernel = self._choose_kernel(runtime.config.kernel)
+        self._workspace = (
+            DecodeWorkspace(self._max_batch, self._num_q_heads, self.token_to_kv_pool.v_head_dim, self.device)
+            if self.kernel in ("auto", "triton")
+            else None
+        )
+        self._fa3 = _load_fa3() if self.kernel in ("auto", "fa3") else None
+        if self.kernel == "fa3" and self._fa3 is None:
+            raise ConfigError("--vtensor-kernel fa3 needs FlashAttention-3 on a Hopper GPU; use --vtensor-kernel auto")
+        self._paged = self._make_paged(runner) if self.kernel == "fa3" else None
+        logger.info("vTensor attention: kernel %s, FlashAttention-3 %s", self.kernel, "found" if self._fa3 else "absent")
+
+    def _choose_kernel(self, asked: str) -> str:
+        if self.device.type == "cpu":
+            if asked in ("triton", "fa3"):
+                raise ConfigError(f"--vtensor-kernel {asked} needs a GPU; use --vtensor-kernel auto or torch")
+            return "torch"
+        return asked
+
+    def _make_paged(self, runner: Any) -> AttentionBackend:
+        """Stock FlashAttention-3, paged through the home range: its decode needs no view."""
+        from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+
+        return FlashAttentionBackend(runner)
+
+    # Metadata.
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        if max_bs > self._max_batch:
+            raise ConfigError(f"graphs for {max_bs} requests are asked for, but only {self._max_batch} can run")
+        if self._paged is not None:
+            self._paged.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        batch_size = forward_batch.batch_size
+        host_rows = self._host_rows(batch_size)
+        rows = self._rows[:batch_size]
+        rows.copy_(self._pinned(host_rows), non_blocking=True)
+        kv_lens = self._kv_lens[:batch_size]
+        if forward_batch.forward_mode.is_decode_or_idle():
+            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens)
+            if self._paged is not None:
+                self._paged.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+            return
+        q_lens = [int(length) for length in forward_batch.extend_seq_lens_cpu]
+        q_starts = (0, *itertools.accumulate(q_lens))
+        self.forward_metadata = Metadata(
+            rows=rows,
+            kv_lens=kv_lens,
+            qo_indptr=self._pinned(np.asarray(q_starts, dtype=np.int32)).to(self.device, non_blocking=True),
+            max_q_len=max(q_lens, default=0),
+            host_rows=tuple(host_rows.tolist()),
+            host_q_starts=q_starts,
+            host_kv_lens=tuple(int(length) for length in forward_batch.seq_lens_cpu),
+        )
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
+        if self._paged is not None and forward_batch.forward_mode.is_decode_or_idle():
+            self._paged.init_forward_metadata_in_graph(forward_batch)
+
+    def _host_rows(self, batch_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Row numbers, padded with row 0. Dummy and capture runs have no rows: all of theirs are padding."""
+        rows = np.zeros(batch_size, dtype=np.int32)
+        launched = self.runtime.rows_of_launch()
+        if launched is not None:
+            rows[: len(launched)] = launched
+        return rows
+
+    def _pinned(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory()
+
+    # Attention.
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        self._store(k, v, layer, forward_batch, save_kv_cache, kwargs)
+        metadata = self._metadata()
+        queries, out = self._shape(q, layer)
+        options = self._options(layer, sinks)
+        options["causal"] = layer.attn_type != AttentionType.ENCODER_ONLY
+        if self._takes_fa3(layer, options, len(metadata.host_rows)):
+            self._extend_fa3(queries, out, layer, metadata, options)
+        else:
+            attend = reference_attention if self.kernel == "torch" else prefill_attention
+            keys, values = self._views[layer.layer_id]
+            assert metadata.qo_indptr is not None
+            attend(
+                queries,
+                keys,
+                values,
+                out,
+                metadata.rows,
+                metadata.qo_indptr,
+                metadata.kv_lens,
+                metadata.max_q_len,
+                **options,
+            )
+        return out.view(q.shape[0], -1)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self._paged is not None:
+            extra = kwargs if sinks is None else {**kwargs, "sinks": sinks}
+            return self._paged.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **extra)
+        self._store(k, v, layer, forward_batch, save_kv_cache, kwargs)
+        metadata = self._metadata()
+        queries, out = self._shape(q, layer)
+        options = self._options(layer, sinks)
+        keys, values = self._views[layer.layer_id]
+        if self._workspace is not None:
+            decode_attention(
+                queries, keys, values, out, metadata.rows, metadata.kv_lens, workspace=self._workspace, **options
+            )
+        else:
+            qo_indptr = torch.arange(len(metadata.rows) + 1, dtype=torch.int32)
+            reference_attention(
+                queries, keys, values, out, metadata.rows, qo_indptr, metadata.kv_lens, 1, **options
+            )
+        return out.view(q.shape[0], -1)
+
+    def _metadata(self) -> Metadata:
+        assert self.forward_metadata is not None, "SGLang calls init_forward_metadata before the first layer"
+        return self.forward_metadata
+
+    def _store(
+        self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any, save: bool, extra: dict[str, Any]
+    ) -> None:
+        unknown = {name for name, value in extra.items() if value is not None}
+        if unknown or layer.is_cross_attention:
+            what = ", ".join(sorted(unknown)) or "cross attention"
+            raise ConfigError(f"this model's attention needs {what}, which the backend vtensor does not have; drop it")
+        if not save or k is None:
+            return
+        location = KVWriteLoc.for_batch(forward_batch)
+        if layer.k_scale is None:
+            self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
+        else:
+            # SGLang's writer divides in place.
+            self.token_to_kv_pool.set_kv_buffer(
+                layer, location, k.clone(), v.clone(), layer.k_scale, layer.v_scale
+            )
+
+    def _shape(self, q: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries as [tokens, q_heads, head_dim], and the output to fill, of v_head_dim."""
+        queries = q.view(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim)
+        out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        return queries, out
+
+    def _options(self, layer: Any, sinks: torch.Tensor | None) -> dict[str, Any]:
+        window = layer.sliding_window_size
+        return {
+            "sm_scale": layer.scaling,
+            "logit_cap": layer.logit_cap or 0.0,
+            "sliding_window": -1 if window is None or window <= 0 else window,
+            "k_scale": 1.0 if layer.k_scale is None else layer.k_scale_float,
+            "v_scale": 1.0 if layer.v_scale is None else layer.v_scale_float,
+            "sinks": sinks,
+        }
+
+    def _takes_fa3(self, layer: Any, options: dict[str, Any], batch_size: int) -> bool:
+        """FlashAttention-3 takes plain attention of half-precision keys."""
+        if self._fa3 is None or options["sinks"] is not None or options["logit_cap"]:
+            return False
+        keys, _ = self._views[layer.layer_id]
+        plain = keys.dtype in (torch.bfloat16, torch.float16) and layer.qk_head_dim == layer.v_head_dim
+        return plain and (self.kernel == "fa3" or batch_size <= MAX_VIEW_LAUNCHES)
+
+    def _extend_fa3(
+        self, queries: torch.Tensor, out: torch.Tensor, layer: Any, metadata: Metadata, options: dict[str, Any]
+    ) -> None:
+        """One launch a request over its row cut to its length: the copy engine then reads nothing behind it."""
+        assert self._fa3 is not None
+        keys, values = self._views[layer.layer_id]
+        window = options["sliding_window"]
+        for index, (row, kv_len) in enumerate(zip(metadata.host_rows, metadata.host_kv_lens, strict=True)):
+            start, stop = metadata.host_q_starts[index : index + 2]
+            if start == stop:
+                continue
+            result = self._fa3(
+                q=queries[None, start:stop],
+                k_cache=keys[row : row + 1, :kv_len],
+                v_cache=values[row : row + 1, :kv_len],
+                cache_seqlens=metadata.kv_lens[index : index + 1],
+                softmax_scale=options["sm_scale"],
+                causal=options["causal"],
+                window_size=(window, 0 if options["causal"] else window) if window > 0 else (-1, -1),
+            )
+            out[start:stop] = result[0]
+
+
+def _load_fa3() -> Any:
+    """SGLang's FlashAttention-3, or None where this GPU or this install has none."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+    except ImportError:
+        return None
+    return flash_attn_with_kvcache
+
+
+def register_backend() -> None:
+    """Make ``--attention-backend vtensor`` known to SGLang."""
+    add_attention_backend_choices([NAME])
+    register_attention_backend(NAME)(VTensorAttnBackend)

@@ -1,0 +1,218 @@
+"""What joins the pool to SGLang's scheduler while the server runs: rows for requests, fences for launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sgl_vtensor.config import VTensorConfig
+from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.errors import ConfigError
+from sgl_vtensor.srt.allocator import VTensorAllocator
+from sgl_vtensor.srt.flags import active_config
+from sgl_vtensor.srt.pool import VTensorKVPool
+
+logger = logging.getLogger(__name__)
+
+WINDOW_BYTES_MAX = 100 << 40
+"""Address space for rows: what a 47-bit address space leaves beside everything else."""
+HOST_SPARE_MAPPINGS = 8192
+"""Linux mappings left to the process for its own libraries and threads."""
+
+
+class Runtime:
+    """Lives on SGLang's model runner as ``vtensor``.
+
+    SGLang sees it as the auxiliary cache of its request slots (``ReqToTokenPool.attach_aux_cache``): it is told of
+    every length that a slot reaches and of every slot that is let go.
+    """
+
+    def __init__(self, pool: VTensorPool, config: VTensorConfig, *, dense_capacity: int) -> None:
+        self.pool = pool
+        self.config = config
+        self.dense_capacity = dense_capacity
+        self._on_cuda = pool.driver.device.type == "cuda"
+        self._batch_rows: npt.NDArray[np.int32] | None = None
+        self._words = pool.pages.tensor().view(torch.int64).view(pool.pages.num_pages + 1, -1)
+
+    # SGLang's auxiliary cache.
+
+    def alloc_to_lengths(self, *, req_pool_indices_cpu: torch.Tensor, target_seq_lens_cpu: torch.Tensor) -> None:
+        """SGLang has written its table and launches next: map what the rows lack."""
+        self.pool.ensure(req_pool_indices_cpu.numpy())
+
+    def free(self, slot: int) -> None:
+        self.pool.close(slot)
+
+    def clear(self) -> None:
+        """Nothing to do: the allocator's ``clear`` follows and resets the pool."""
+
+    def reset_allocator(self) -> None:
+        pass
+
+    # Launches.
+
+    def begin_launch(self, batch: Any) -> None:
+        """On the forward stream, before anything of this launch: device work that page turnover left behind."""
+        self.zero_fresh_pages()
+        self._batch_rows = self.pool.row_of_slot[batch.req_pool_indices_cpu.numpy()]
+
+    def end_launch(self) -> None:
+        self._batch_rows = None
+        if not self._on_cuda:
+            self.pool.launch(None)
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.pool.launch(event)
+
+    def rows_of_launch(self) -> npt.NDArray[np.int32] | None:
+        """Rows of the batch that is being launched; None in dummy and capture runs, which use the padding row."""
+        return self._batch_rows
+
+    def zero_fresh_pages(self) -> None:
+        """New memory may hold anything, and 0 times NaN is NaN."""
+        fresh = self.pool.pages.take_fresh()
+        if not fresh:
+            return
+        indices = torch.tensor(fresh, dtype=torch.int64)
+        if self._on_cuda:
+            indices = indices.pin_memory().to(self.pool.driver.device, non_blocking=True)
+        self._words.index_fill_(0, indices, 0)
+
+    # Figures.
+
+    def stats(self, tree_cache: Any) -> dict[str, Any]:
+        """The vtensor section of ``/server_info``; no text and no token ids."""
+        layout, pages = self.pool.layout, self.pool.pages
+        stats = dataclasses.asdict(self.pool.stats())
+        return stats | {
+            "driver": self.pool.driver.name,
+            "kernel": self.config.kernel,
+            "page_tokens": layout.page_tokens,
+            "token_stride_bytes": layout.token_stride_bytes,
+            "page_bytes": layout.page_bytes,
+            "pages_cached": (tree_cache.evictable_size() + tree_cache.protected_size()) // layout.page_tokens,
+            "stock_bytes": (pages.num_pages + 1) * layout.page_tokens * layout.token_bytes,
+        }
+
+
+def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Hook, after SGLang has built its pools: make the rows."""
+    config = active_config()
+    if config is None:
+        return
+    kv_pool, allocator, slots = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator, runner.req_to_token_pool
+    if not isinstance(kv_pool, VTensorKVPool) or not isinstance(allocator, VTensorAllocator):
+        raise ConfigError(
+            f"SGLang built {type(kv_pool).__name__} and {type(allocator).__name__} in place of vTensor memory; "
+            "a flag in use brings its own KV pool: drop it or --enable-vtensor"
+        )
+    pages = kv_pool.pages
+    num_rows = _num_rows(config, slots.size, pages.layout.num_pages(slots.max_context_len) * pages.layout.page_bytes)
+    pool = VTensorPool(
+        pages,
+        num_slots=slots.size,
+        max_len_tokens=slots.max_context_len,
+        num_rows=num_rows,
+        max_mappings=_max_mappings(pages.driver.name, pages.num_pages, pages.layout.num_pages(slots.max_context_len)),
+    )
+    allocator.attach(pool)
+    runner.vtensor = Runtime(pool, config, dense_capacity=runner.max_total_num_tokens)
+    runner.vtensor.zero_fresh_pages()
+    slots.attach_aux_cache(runner.vtensor)
+    logger.info(
+        "vTensor rows: %d of %d tokens, %.2f TiB of address space; at most %s mappings",
+        num_rows - 1,
+        slots.max_context_len,
+        pool.rows.window_bytes / (1 << 40),
+        pool.rows.max_mappings or "any number of",
+    )
+
+
+def _num_rows(config: VTensorConfig, num_slots: int, row_bytes: int) -> int:
+    fitting = WINDOW_BYTES_MAX // row_bytes
+    if fitting < num_slots + 1:
+        raise ConfigError(
+            f"{num_slots} requests of {row_bytes / (1 << 30):.1f} GiB of addresses each do not fit the address space; "
+            f"lower --max-running-requests to {fitting - 1} or lower --context-length"
+        )
+    wanted = config.num_rows if config.num_rows is not None else 2 * num_slots + 1
+    if wanted < num_slots + 1:
+        raise ConfigError(
+            f"--vtensor-num-rows {wanted} is too few for {num_slots} requests at once; give at least {num_slots + 1}"
+        )
+    return min(wanted, fitting)
+
+
+def _max_mappings(driver_name: str, num_pages: int, max_pages_a_row: int) -> int | None:
+    """On the host each mapping is one of the process's ``vm.max_map_count``; homes take one a page."""
+    if driver_name != "host":
+        return None
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    left = limit - HOST_SPARE_MAPPINGS - (num_pages + 1)
+    if left < 2 * max_pages_a_row:
+        raise ConfigError(
+            f"{num_pages} pages leave {max(left, 0)} of Linux's {limit} mappings for rows; lower --max-total-tokens, "
+            "raise --vtensor-page-tokens, or raise vm.max_map_count with sysctl"
+        )
+    return left
+
+
+def runtime_of(owner: Any) -> Runtime | None:
+    """The runtime of a model runner, None where it runs without vTensor memory."""
+    return getattr(owner, "vtensor", None)
+
+
+# Hooks of the scheduler's path.
+
+
+def alloc_for_extend(original: Callable[..., Any], batch: Any) -> Any:
+    return _serve(original, batch)
+
+
+def alloc_for_decode(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+    return _serve(original, batch, *args, **kwargs)
+
+
+def _serve(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+    allocator = batch.token_to_kv_pool_allocator
+    if not isinstance(allocator, VTensorAllocator):
+        return original(batch, *args, **kwargs)
+    with allocator.serving(batch):
+        return original(batch, *args, **kwargs)
+
+
+def forward_batch(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hook around one launch. In overlap mode SGLang has made the forward stream current here."""
+    runtime = runtime_of(worker.model_runner)
+    if runtime is None or batch is None:
+        return original(worker, batch, *args, **kwargs)
+    runtime.begin_launch(batch)
+    try:
+        return original(worker, batch, *args, **kwargs)
+    finally:
+        runtime.end_launch()
+
+
+def on_idle(scheduler: Any) -> None:
+    """Hook: no batch is in flight."""
+    runtime = runtime_of(scheduler.tp_worker.model_runner)
+    if runtime is not None:
+        runtime.pool.drain(in_flight=0)
+
+
+def add_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hook: our section of ``/server_info``."""
+    scheduler = controller.scheduler
+    runtime = runtime_of(scheduler.tp_worker.model_runner)
+    if runtime is not None:
+        result.internal_state["vtensor"] = runtime.stats(scheduler.tree_cache)
+    return result

@@ -1,0 +1,141 @@
+"""Decode against the reference: every feature, dtype and edge, one split and many, NaN behind every row's end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Case, make_case
+from vtensor_kernels import DecodeWorkspace, decode, decode_attention
+
+EDGES = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257]
+
+
+def run(case: Case, **arguments: object) -> torch.Tensor:
+    out = case.empty_out()
+    batch, q_heads, _ = case.q.shape
+    workspace = DecodeWorkspace(batch, q_heads, case.v.shape[3], case.q.device)
+    workspace.partial.fill_(float("nan"))
+    workspace.lse.fill_(float("nan"))
+    decode_attention(
+        case.q, case.k, case.v, out, case.rows, case.kv_lens, workspace=workspace, **case.options, **arguments
+    )
+    return out
+
+
+def check(case: Case, **arguments: object) -> None:
+    case.assert_close(run(case, **arguments))
+
+
+def decode_case(device: torch.device, kv_lens: list[int], **options: object) -> Case:
+    return make_case(device, [1] * len(kv_lens), kv_lens, **options)
+
+
+@pytest.fixture(params=["pointer", "tma"])
+def loads(request: pytest.FixtureRequest, device: torch.device) -> str:
+    if request.param == "tma" and device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("bulk copies need sm_90")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_mixed_lengths(device: torch.device, loads: str, dtype: torch.dtype) -> None:
+    check(decode_case(device, [69, 1, 1500, 64], dtype=dtype), loads=loads)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_row_length_at_tile_edges(device: torch.device, loads: str, edge: int) -> None:
+    check(decode_case(device, [edge], q_heads=2, kv_heads=1), loads=loads)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_cap": 2.0},
+        {"sliding_window": 7},
+        {"sliding_window": 300},
+        {"sliding_window": 5000},
+        {"sinks": True},
+        {"k_scale": 0.25, "v_scale": 2.0},
+        {"logit_cap": 2.0, "sliding_window": 300, "sinks": True, "k_scale": 0.5, "v_scale": 2.0},
+    ],
+    ids=str,
+)
+def test_features(device: torch.device, loads: str, options: dict) -> None:
+    check(decode_case(device, [20, 700], **options), loads=loads)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_dims(device: torch.device, loads: str, head_dim: int) -> None:
+    check(decode_case(device, [150], head_dim=head_dim, q_heads=2, kv_heads=1), loads=loads)
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(3, 3), (5, 1), (14, 2), (70, 1)])
+def test_group_sizes(device: torch.device, q_heads: int, kv_heads: int) -> None:
+    check(decode_case(device, [150, 33], q_heads=q_heads, kv_heads=kv_heads, v_head_dim=32))
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_cache(device: torch.device, loads: str, kv_dtype: torch.dtype) -> None:
+    if device.type == "cuda" and kv_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 needs sm_89")
+    check(decode_case(device, [150, 33], kv_dtype=kv_dtype, k_scale=0.5, v_scale=2.0), loads=loads)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_empty_rows_give_zeros(device: torch.device, loads: str, sinks: bool) -> None:
+    case = decode_case(device, [0, 600, 0], sinks=sinks)
+    out = run(case, loads=loads)
+    assert not out[0].any()
+    case.assert_close(out)
+
+
+def test_splits_follow_the_lengths(device: torch.device) -> None:
+    """A long row among short ones is cut, the short ones are not, and the total stays within the launch's grid."""
+    case = decode_case(device, [3000, 10, 200], q_heads=1, kv_heads=1)
+    workspace = DecodeWorkspace(3, 1, 64, device)
+    workspace.lse.fill_(float("nan"))
+    out = case.empty_out()
+    decode_attention(case.q, case.k, case.v, out, case.rows, case.kv_lens, workspace=workspace, **case.options)
+    case.assert_close(out)
+    written = (~workspace.lse.isnan()).sum().item()
+    min_split = decode.choose_config(
+        0 if device.type == "cpu" else 90, 64, 64, torch.float16
+    ).min_split  # fmt: skip
+    assert 3000 // min_split <= written <= 3 + workspace.programs
+
+
+def test_many_requests(device: torch.device) -> None:
+    check(decode_case(device, [1 + i % 5 for i in range(130)], q_heads=1, kv_heads=1, dtype=torch.float32))
+
+
+def test_a_small_workspace_is_refused(device: torch.device) -> None:
+    case = decode_case(device, [10, 20])
+    workspace = DecodeWorkspace(1, 4, 64, device)
+    with pytest.raises(ValueError, match="make a DecodeWorkspace"):
+        decode_attention(
+            case.q, case.k, case.v, case.empty_out(), case.rows, case.kv_lens, workspace=workspace, **case.options
+        )
+
+
+@pytest.mark.gpu
+def test_graph_replays_follow_the_lengths() -> None:
+    """A graph captured with short rows is right after rows and lengths have changed under it."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    case = decode_case(torch.device("cuda"), [3000, 10, 200])
+    lens = case.kv_lens.clone()
+    case.kv_lens.fill_(1)
+    workspace = DecodeWorkspace(8, 4, 64, "cuda")
+    out = case.empty_out()
+
+    def launch() -> None:
+        decode_attention(case.q, case.k, case.v, out, case.rows, case.kv_lens, workspace=workspace, **case.options)
+
+    launch()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    case.kv_lens.copy_(lens)
+    graph.replay()
+    torch.cuda.synchronize()
+    case.assert_close(out)
