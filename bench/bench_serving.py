@@ -94,9 +94,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder with the model's config and tokenizer")
     parser.add_argument("--group", nargs="+", action="append", required=True, help="servers that run side by side")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="repeats of each seed, without a flush"
-    )
+    parser.add_argument("--rounds", type=int, default=1, help="repeats of each seed, without a flush")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--prefix", type=int, default=4096)

@@ -114,9 +114,9 @@ def install(venv: Path, asked: dict[str, list[str]]) -> None:
     discard(venv)
     venv.mkdir()
     (venv / UNFINISHED).touch()
-    pip = [venv / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check"]
+    pip = [f"{venv}/bin/python", "-m", "pip", "install", "--disable-pip-version-check"]
     for command in (
-        [sys.executable, "-m", "venv", venv],
+        [sys.executable, "-m", "venv", str(venv)],
         [*pip, *asked["plain"]],
         [*pip, "--no-deps", *asked["no-deps"]],
     ):
@@ -141,7 +141,7 @@ def write_local(venv: Path) -> None:
     state = hashlib.sha256(b"".join([(CHECKOUT / "pyproject.toml").read_bytes(), bytes(venv), WRAPPER.encode()]))
     if stamp.is_file() and stamp.read_text() == state.hexdigest():
         return
-    for old in LOCAL.glob("*.dist-info"):
+    for old in LOCAL.glob("*-info"):
         shutil.rmtree(old)
     metadata = "from setuptools.build_meta import prepare_metadata_for_build_wheel as make; make('.local')"
     made = subprocess.run(
@@ -149,6 +149,7 @@ def write_local(venv: Path) -> None:
     )
     if made.returncode:
         sys.exit(f"Cannot make the package's metadata with {venv}/bin/python:\n{made.stderr}")
+    shutil.rmtree(LOCAL / "sgl_vtensor.egg-info")  # setuptools' by-product: a second, equal description
     for name, arguments in {"python": "", "sgl-vtensor": "-m sgl_vtensor "}.items():
         # Replaced, not overwritten: a shell reads its script as it goes.
         new = binaries / f"{name}.{os.getpid()}"

@@ -61,7 +61,9 @@ class DecodeWorkspace:
 
 
 @triton.jit
-def _splits(kv_lens, batch, target_splits, window, MIN_SPLIT: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr):
+def _splits(
+    kv_lens, batch, target_splits, window, MIN_SPLIT: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
     """Splits of every request, [BLOCK_B]: at least one, and at most batch + target_splits in all.
 
     One share of tokens for the whole batch, so that a long row is cut and a short one is not.

@@ -25,38 +25,6 @@ class PrefillConfig:
     num_stages: int
 
 
-@triton.jit
-def _find_tile(
-    index,
-    qo_indptr,
-    kv_lens,
-    batch,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    SORTED: tl.constexpr,
-):
-    """The index-th query tile of the batch, longest rows first: (request or -1, tile in the request, its tiles).
-
-    Every program derives the schedule from the lengths itself: no host copy, and no kernel before this one.
-    """
-    request = tl.arange(0, BLOCK_B)
-    inside = request < batch
-    start = tl.load(qo_indptr + request, mask=inside, other=0)
-    end = tl.load(qo_indptr + request + 1, mask=inside, other=0)
-    tiles = tl.cdiv((end - start) * GROUP, BLOCK_M)
-    if SORTED:
-        length = tl.load(kv_lens + request, mask=inside, other=0)
-        longer = length[None, :] > length[:, None]
-        earlier = (length[None, :] == length[:, None]) & (request[None, :] < request[:, None])
-        first = tl.sum(tl.where(longer | earlier, tiles[None, :], 0), axis=1)
-    else:
-        first = tl.cumsum(tiles, 0) - tiles
-    mine = (index >= first) & (index < first + tiles)
-    found = tl.max(tl.where(mine, request, -1), axis=0)
-    return found, index - tl.sum(tl.where(mine, first, 0), axis=0), tl.sum(tl.where(mine, tiles, 0), axis=0)
-
-
 @triton.jit(do_not_specialize=["batch", "num_tokens"])
 def _prefill_kernel(
     q_ptr,
@@ -112,7 +80,7 @@ def _prefill_kernel(
     Packing the query heads of a group into the tile's rows fills it when a request has few new tokens.
     """
     kv_head = tl.program_id(0)
-    request, tile_index, num_tiles = _find_tile(
+    request, tile_index, num_tiles = tile.find_tile(
         tl.program_id(1), qo_indptr, kv_lens, batch, GROUP, BLOCK_M, BLOCK_B, SORTED
     )
     if request < 0:
@@ -351,10 +319,17 @@ def prefill_attention(
 
     group = q_heads // kv_heads
     use_tma = tile.use_descriptors(loads, k, v)
+    hopper = config is None and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
     if config is None:
         config = choose_config(tile.capability(q.device), head_dim, v_head_dim, q.dtype, max_q_len * group)
     tiles = min(batch * triton.cdiv(max_q_len * group, config.block_m), num_tokens * group // config.block_m + batch)
     splits = min(MAX_SPLITS, tile.processors(q.device) // (tiles * kv_heads))
+    if hopper and config.block_m == 128 and splits <= 1:
+        from vtensor_kernels.prefill_hopper import prefill_hopper  # Gluon, needed here only
+
+        scale, _ = tile.scales(sm_scale, k_scale, 0.0)
+        prefill_hopper(q, k, v, out, rows, qo_indptr, kv_lens, tiles, scale=scale, causal=causal, v_scale=v_scale)
+        return
     target, target_lse = out, lse
     if splits > 1:
         target = torch.empty(splits, num_tokens, q_heads, v_head_dim, dtype=torch.float32, device=q.device)
@@ -408,6 +383,31 @@ def prefill_attention(
         )  # fmt: skip
 
 
+def _fits_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logit_cap: float,
+    sliding_window: int,
+    sinks: torch.Tensor | None,
+    lse: torch.Tensor | None,
+) -> bool:
+    """Whether this is the plain case that ``prefill_hopper`` computes."""
+    return (
+        tile.capability(q.device) == 90
+        and tile.has_gluon()
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and k.dtype == q.dtype
+        and q.shape[2] in (64, 128)
+        and v.shape[3] == q.shape[2]
+        and q.data_ptr() % 16 == 0
+        and logit_cap <= 0
+        and sliding_window <= 0
+        and sinks is None
+        and lse is None
+    )
+
+
 def choose_config(
     capability: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, queries_per_kv_head: int
 ) -> PrefillConfig:
@@ -424,4 +424,4 @@ def choose_config(
         return PrefillConfig(block_m=64 if few else 128, block_n=128, num_warps=4 if few else 8, num_stages=3)
     if width > 128:  # 100 KiB on sm_86 and sm_89
         return PrefillConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
-    return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4, num_stages=2)
+    return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=2)

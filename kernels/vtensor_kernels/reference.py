@@ -1,4 +1,4 @@
-"""Plain torch attention over KV rows: what the kernels are tested and timed against, and the host driver's attention."""
+"""Plain torch attention over KV rows: what the kernels are tested against, and the attention of the host driver."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def gguf_path() -> Path:
 
 def convert(gguf_file: Path, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and the tokenizer's files of a GGUF Llama into ``folder``."""
-    from gguf import GGUFReader, dequantize  # type: ignore[attr-defined]
+    from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(gguf_file)
     meta = {name: field.contents() for name, field in reader.fields.items()}

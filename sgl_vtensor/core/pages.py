@@ -1,8 +1,8 @@
 """The pages of the pool: which are backed by physical memory, which are free, and where their home is.
 
 A page id is what SGLang knows (slot = page_id * page_tokens + offset). Its home address is fixed; physical memory is
-created at its first use and mapped there for as long as the page is backed. Page 0 takes what padded tokens write: it is
-always backed and never handed out.
+created at its first use and mapped there for as long as the page is backed. Page 0 takes what padded tokens write: it
+is always backed and never handed out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class Pages:
         self.fresh: list[int] = []
         """Backed since the last launch: to be zeroed on the forward stream before anything reads them."""
         self.is_free[1:] = True
-        self._back(PADDING_PAGE)
+        try:
+            self._back(PADDING_PAGE)
+        except VTensorError:
+            self.close()
+            raise
 
     def home(self, page: int) -> int:
         return self.home_base + page * self.layout.page_bytes
@@ -80,9 +84,7 @@ class Pages:
         This is where keys and values are written, and what a paged backend reads. Only backed pages may be touched.
         """
         num_tokens = (self.num_pages + 1) * self.layout.page_tokens
-        return kv_views(
-            self.tensor(), self.layout, layer, dtype, (num_tokens,), (self.layout.token_stride_bytes,)
-        )
+        return kv_views(self.tensor(), self.layout, layer, dtype, (num_tokens,), (self.layout.token_stride_bytes,))
 
     def secure(self, num_pages: int) -> bool:
         """Back free pages until ``num_pages`` of them can be taken without asking the driver for memory.
@@ -160,15 +162,17 @@ class Pages:
         if page not in self._free_backed:
             raise VTensorError(f"page {page} is not free and backed, so its memory cannot be released")
         self.driver.unmap(self.home(page), self.layout.page_bytes)
-        self.driver.release(self.handle(page))
         del self._free_backed[page]
         self.backed[page] = False
-        self._handles[page] = 0
         self._free_unbacked.append(page)
+        self._drop_handle(page)
 
-    def take_fresh(self) -> Sequence[int]:
-        """Pages to zero before the next launch; the caller does it."""
+    def take_fresh(self, epoch: int) -> Sequence[int]:
+        """Pages to zero before anything else of launch ``epoch``; the caller does it, on that launch's stream."""
         fresh, self.fresh = [page for page in self.fresh if self.backed[page]], []
+        for page in fresh:
+            if page in self._free_backed:
+                self._free_backed[page] = epoch  # nobody has it, but its memory must outlast the zeroing
         return fresh
 
     def reset(self, epoch: int) -> None:
@@ -183,20 +187,26 @@ class Pages:
 
     def close(self) -> None:
         """Unmap and release every page and give back the address range."""
-        for page in np.flatnonzero(self.backed).tolist():
-            self.driver.unmap(self.home(page), self.layout.page_bytes)
-            self.driver.release(self.handle(page))
-        self.backed[:] = False
+        for page in np.flatnonzero(self._handles).tolist():
+            if self.backed[page]:
+                self.driver.unmap(self.home(page), self.layout.page_bytes)
+                self.backed[page] = False
+            self._drop_handle(page)
         self.driver.free_reservation(self.home_base, self.home_bytes)
 
     def _back(self, page: int) -> None:
         page_bytes = self.layout.page_bytes
-        handle = self.driver.create(page_bytes)
+        if not self._handles[page]:
+            self._handles[page] = self.driver.create(page_bytes)
         try:
-            self.driver.map(self.home(page), handle, page_bytes, writable=True)
+            self.driver.map(self.home(page), self.handle(page), page_bytes, writable=True)
         except VTensorError:
-            self.driver.release(handle)
+            self._drop_handle(page)
             raise
-        self._handles[page] = handle
         self.backed[page] = True
         self.fresh.append(page)
+
+    def _drop_handle(self, page: int) -> None:
+        """Release an unmapped page's memory. If the driver refuses, the handle stays and backs the page next time."""
+        self.driver.release(self.handle(page))
+        self._handles[page] = 0

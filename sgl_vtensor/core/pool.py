@@ -18,7 +18,7 @@ from sgl_vtensor.core.epochs import Epochs, Fence
 from sgl_vtensor.core.layout import KVLayout, kv_views
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.rows import PADDING_ROW, PageArray, Rows
-from sgl_vtensor.errors import OutOfMemory, VTensorError
+from sgl_vtensor.errors import DriverError, OutOfMemory, VTensorError
 from sgl_vtensor.vmm.driver import VmmDriver
 
 
@@ -125,19 +125,33 @@ class VTensorPool:
             self.num_wanted[slot] = position + 1
         return True
 
-    def ensure(self, slots: Iterable[int]) -> int:
+    def ensure(self, slots: npt.ArrayLike) -> int:
         """Map every request's row to all pages that it has; returns how many positions changed.
 
         Raises:
             DriverError: a mapping was refused. SGLang has committed itself by now, so the server must stop.
         """
         changed = 0
-        for slot in slots:
-            start, stop = int(self.num_synced[slot]), int(self.num_wanted[slot])
-            if start < stop:
-                changed += self.rows.ensure(int(self.row_of_slot[slot]), self.wanted[slot], start, stop)
-                self.num_synced[slot] = stop
+        for slot in self._behind(slots):
+            stop = int(self.num_wanted[slot])
+            row, start = int(self.row_of_slot[slot]), int(self.num_synced[slot])
+            changed += self.rows.ensure(row, self.wanted[slot], start, stop)
+            self.num_synced[slot] = stop
         return changed
+
+    def count_changes(self, slots: npt.ArrayLike) -> int:
+        """How many positions ``ensure`` would have to map now."""
+        changes = 0
+        for slot in self._behind(slots):
+            span = slice(int(self.num_synced[slot]), int(self.num_wanted[slot]))
+            changes += int(np.count_nonzero(self.rows.mapped[self.row_of_slot[slot], span] != self.wanted[slot, span]))
+        return changes
+
+    def _behind(self, slots: npt.ArrayLike) -> list[int]:
+        """The requests among these whose rows may lack pages."""
+        asked = np.asarray(slots, dtype=np.int64)
+        behind: list[int] = asked[self.num_synced[asked] < self.num_wanted[asked]].tolist()
+        return behind
 
     def adopt(self, slot: int, start: int, pages: Sequence[int]) -> list[int]:
         """The tree keeps its own copies of ``[start, start + len(pages))``: the request uses those from now on.
@@ -195,7 +209,13 @@ class VTensorPool:
             return False
         self.epochs.settle(self.epochs.launched)
         wanted = {int(row): self.wanted[slot] for slot, row in enumerate(self.row_of_slot) if row != PADDING_ROW}
-        self.rows.release_duplicates(wanted)
+        try:
+            self.rows.release_duplicates(wanted)
+        except DriverError as error:
+            self.num_synced[:] = 0  # a row may lack a page: its next ensure looks at all of it
+            if isinstance(error, OutOfMemory):
+                return False
+            raise
         return self.pages.secure(num_pages)
 
     def shrink(self, keep_pages: int) -> int:
@@ -218,6 +238,10 @@ class VTensorPool:
         return min(by_device, by_limit, unbacked)
 
     # Launches.
+
+    def take_fresh(self) -> Sequence[int]:
+        """Pages that the next launch must zero before anything else, on its own stream."""
+        return self.pages.take_fresh(self.epochs.launched + 1)
 
     def launch(self, fence: Fence | None) -> None:
         """A forward pass that may read every running row has been queued; ``fence`` says when it has finished."""

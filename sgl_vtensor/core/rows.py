@@ -51,8 +51,12 @@ class Rows:
         self._empty = list(range(num_rows - 1, PADDING_ROW, -1))
         self._duplicates: dict[int, dict[int, int]] = {}  # running row -> position -> fenced page it still reads
         self.num_mappings = 0
-        for position in range(max_pages):
-            self._map(PADDING_ROW, position, PADDING_PAGE)
+        try:
+            for position in range(max_pages):
+                self._map(PADDING_ROW, position, PADDING_PAGE)
+        except VTensorError:
+            self.close()
+            raise
 
     def address(self, row: int, position: int = 0) -> int:
         return self.window_base + row * self.row_bytes + position * self.page_bytes
@@ -137,6 +141,9 @@ class Rows:
 
         Args:
             wanted_of_row: for each running row, which page each of its positions should map.
+
+        Raises:
+            DriverError: a mapping was refused. One row lacks the page at one position now: ``ensure`` all of it.
         """
         if self.epochs.settled < self.epochs.launched:
             raise VTensorError("duplicates are released while a launch may read them; settle the epochs first")
@@ -144,9 +151,9 @@ class Rows:
         for row, duplicates in list(self._duplicates.items()):
             for position, page in list(duplicates.items()):
                 self._unmap(row, position)
-                self._map(row, position, int(wanted_of_row[row][position]))
                 del duplicates[position]
                 self.pages.unfence(page, self.epochs.launched)
+                self._map(row, position, int(wanted_of_row[row][position]))
                 released += 1
             del self._duplicates[row]
         return released
@@ -207,8 +214,9 @@ class Rows:
         for row in range(self.num_rows):
             for position in np.flatnonzero(self.mapped[row, : self._high[row]]).tolist():
                 self._unmap(row, position)
-        for position in range(self.max_pages):
+        for position in reversed(range(self.num_mappings)):  # what is left is the padding row's
             self.driver.unmap(self.address(PADDING_ROW, position), self.page_bytes)
+            self.num_mappings = position
         self.driver.free_reservation(self.window_base, self.window_bytes)
 
     def _candidates(self, prefix: PageArray) -> list[int]:
@@ -261,12 +269,16 @@ class Rows:
 
     def _map(self, row: int, position: int, page: int) -> None:
         address, handle = self.address(row, position), self.pages.handle(page)
-        try:
-            self.driver.map(address, handle, self.page_bytes, writable=False)
-        except OutOfMemory:
-            if not self.unmap_parked(1):
-                raise
-            self.driver.map(address, handle, self.page_bytes, writable=False)
+        while True:
+            try:
+                self.driver.map(address, handle, self.page_bytes, writable=False)
+                break
+            except OutOfMemory:
+                if self.unmap_parked(1):
+                    continue
+                if self.epochs.settled == self.epochs.launched:
+                    raise
+                self.epochs.settle(self.epochs.launched)  # rows that retired since then give theirs, too
         self.num_mappings += 1
         if row == PADDING_ROW:
             return

@@ -49,7 +49,9 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pool: VTensorPool | None = None
         self._batch: Any = None
+        self.extending = False
         super().__init__(*args, **kwargs)
+        self.free_pages = torch.empty(0, dtype=torch.int64)  # so SGLang's page check asks ``get_all_free_pages``
         self.margin_bytes = MARGIN_BYTES if self._kvcache.pages.driver.name == "cuda" else 0
 
     def attach(self, pool: VTensorPool) -> None:
@@ -63,10 +65,10 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         return self._pool
 
     @contextmanager
-    def serving(self, batch: Any) -> Iterator[None]:
+    def serving(self, batch: Any, *, extending: bool) -> Iterator[None]:
         """Allocate for this batch: its requests, in its order."""
         self.pool.drain(in_flight=1 if batch.enable_overlap else 0)
-        self._batch = batch
+        self._batch, self.extending = batch, extending
         try:
             yield
         finally:
@@ -135,11 +137,15 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         return self._to_device(self._slots_of(slots, stops - 1))
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
-        raise VTensorError("pages without a request are asked for; a feature in use does not work with --enable-vtensor")
+        raise VTensorError(
+            "pages without a request are asked for; a feature in use does not work with --enable-vtensor"
+        )
 
     def _serving_batch(self) -> Any:
         if self._batch is None:
-            raise VTensorError("pages are asked for outside a batch; a feature in use does not work with --enable-vtensor")
+            raise VTensorError(
+                "pages are asked for outside a batch; a feature in use does not work with --enable-vtensor"
+            )
         return self._batch
 
     def _grow(self, slots: list[int], stops: list[int], tree_cache: Any) -> bool:

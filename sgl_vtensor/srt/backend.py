@@ -17,6 +17,7 @@ from sglang.srt.layers.attention.attention_registry import register_attention_ba
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import add_attention_backend_choices
 from vtensor_kernels import DecodeWorkspace, decode_attention, prefill_attention, reference_attention
 
@@ -27,7 +28,7 @@ from sgl_vtensor.srt.runtime import Runtime, runtime_of
 logger = logging.getLogger(__name__)
 
 MAX_VIEW_LAUNCHES = 8
-"""FlashAttention-3 on a view is one launch a request; beyond this many our own kernel takes the batch at once."""
+"""FlashAttention-3 on views is one launch a request; a larger batch goes through the homes in one launch."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Metadata:
     host_rows: tuple[int, ...] = ()  # extend only
     host_q_starts: tuple[int, ...] = ()  # extend only, [batch + 1]
     host_kv_lens: tuple[int, ...] = ()  # extend only
+    reads_homes: bool = False  # stock FlashAttention-3, paged, serves this pass
 
 
 class VTensorAttnBackend(AttentionBackend):
@@ -68,22 +70,25 @@ class VTensorAttnBackend(AttentionBackend):
         self._views = {
             first + layer: runtime.pool.row_views(layer, dtype) for layer in range(self.token_to_kv_pool.layer_num)
         }
-        parallel = runner.model_config.get_num_attention_heads(runner.server_args.tp_size)
-        self._num_q_heads: int = parallel
+        num_q_heads: int = runner.model_config.get_num_attention_heads(get_parallel().attn_tp_size)
         self._max_batch = self.req_to_token_pool.size + 1
         self._rows = torch.zeros(self._max_batch, dtype=torch.int32, device=self.device)
         self._kv_lens = torch.zeros(self._max_batch, dtype=torch.int32, device=self.device)
         self.kernel = self._choose_kernel(runtime.config.kernel)
         self._workspace = (
-            DecodeWorkspace(self._max_batch, self._num_q_heads, self.token_to_kv_pool.v_head_dim, self.device)
+            DecodeWorkspace(self._max_batch, num_q_heads, self.token_to_kv_pool.v_head_dim, self.device)
             if self.kernel in ("auto", "triton")
             else None
         )
         self._fa3 = _load_fa3() if self.kernel in ("auto", "fa3") else None
         if self.kernel == "fa3" and self._fa3 is None:
             raise ConfigError("--vtensor-kernel fa3 needs FlashAttention-3 on a Hopper GPU; use --vtensor-kernel auto")
-        self._paged = self._make_paged(runner) if self.kernel == "fa3" else None
-        logger.info("vTensor attention: kernel %s, FlashAttention-3 %s", self.kernel, "found" if self._fa3 else "absent")
+        self._paged = self._make_paged(runner) if self._fa3 is not None else None
+        self._decode_reads_homes = self.kernel == "fa3"
+        runtime.can_read_homes = self._paged is not None
+        logger.info(
+            "vTensor attention: kernel %s, FlashAttention-3 %s", self.kernel, "found" if self._fa3 else "absent"
+        )
 
     def _choose_kernel(self, asked: str) -> str:
         if self.device.type == "cpu":
@@ -93,7 +98,7 @@ class VTensorAttnBackend(AttentionBackend):
         return asked
 
     def _make_paged(self, runner: Any) -> AttentionBackend:
-        """Stock FlashAttention-3, paged through the home range: its decode needs no view."""
+        """Stock FlashAttention-3, paged through the homes: for what a view does not serve as well, or not yet."""
         from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
         return FlashAttentionBackend(runner)
@@ -109,17 +114,36 @@ class VTensorAttnBackend(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Without a graph. Stock FlashAttention-3 prepares such a pass in another way than a captured one."""
+        if self._prepare(forward_batch):
+            assert self._paged is not None
+            self._paged.init_forward_metadata(forward_batch)
+        self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
+
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if self._prepare(forward_batch):
+            assert self._paged is not None
+            self._paged.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
+        if self._metadata().reads_homes:
+            assert self._paged is not None
+            self._paged.init_forward_metadata_in_graph(forward_batch)
+
+    def _prepare(self, forward_batch: Any) -> bool:
+        """Set the metadata of this pass, up to the lengths on the device; true if it is to read the homes."""
         batch_size = forward_batch.batch_size
         host_rows = self._host_rows(batch_size)
-        rows = self._rows[:batch_size]
+        rows, kv_lens = self._rows[:batch_size], self._kv_lens[:batch_size]
         rows.copy_(self._pinned(host_rows), non_blocking=True)
-        kv_lens = self._kv_lens[:batch_size]
         if forward_batch.forward_mode.is_decode_or_idle():
-            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens)
-            if self._paged is not None:
-                self._paged.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
-            return
+            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=self._decode_reads_homes)
+            return self._decode_reads_homes
+        if self._paged is not None and (self.runtime.launch_reads_homes or batch_size > MAX_VIEW_LAUNCHES):
+            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=True)
+            return True
         q_lens = [int(length) for length in forward_batch.extend_seq_lens_cpu]
         q_starts = (0, *itertools.accumulate(q_lens))
         self.forward_metadata = Metadata(
@@ -131,11 +155,7 @@ class VTensorAttnBackend(AttentionBackend):
             host_q_starts=q_starts,
             host_kv_lens=tuple(int(length) for length in forward_batch.seq_lens_cpu),
         )
-
-    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
-        if self._paged is not None and forward_batch.forward_mode.is_decode_or_idle():
-            self._paged.init_forward_metadata_in_graph(forward_batch)
+        return False
 
     def _host_rows(self, batch_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Row numbers, padded with row 0. Dummy and capture runs have no rows: all of theirs are padding."""
@@ -162,12 +182,14 @@ class VTensorAttnBackend(AttentionBackend):
         sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        self._store(k, v, layer, forward_batch, save_kv_cache, kwargs)
         metadata = self._metadata()
+        if metadata.reads_homes:
+            return self._forward_paged("forward_extend", q, k, v, layer, forward_batch, save_kv_cache, sinks, kwargs)
+        self._store(k, v, layer, forward_batch, save_kv_cache, kwargs)
         queries, out = self._shape(q, layer)
         options = self._options(layer, sinks)
         options["causal"] = layer.attn_type != AttentionType.ENCODER_ONLY
-        if self._takes_fa3(layer, options, len(metadata.host_rows)):
+        if self._takes_fa3(layer, options):
             self._extend_fa3(queries, out, layer, metadata, options)
         else:
             attend = reference_attention if self.kernel == "torch" else prefill_attention
@@ -197,11 +219,10 @@ class VTensorAttnBackend(AttentionBackend):
         sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self._paged is not None:
-            extra = kwargs if sinks is None else {**kwargs, "sinks": sinks}
-            return self._paged.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **extra)
-        self._store(k, v, layer, forward_batch, save_kv_cache, kwargs)
         metadata = self._metadata()
+        if metadata.reads_homes:
+            return self._forward_paged("forward_decode", q, k, v, layer, forward_batch, save_kv_cache, sinks, kwargs)
+        self._store(k, v, layer, forward_batch, save_kv_cache, kwargs)
         queries, out = self._shape(q, layer)
         options = self._options(layer, sinks)
         keys, values = self._views[layer.layer_id]
@@ -211,10 +232,24 @@ class VTensorAttnBackend(AttentionBackend):
             )
         else:
             qo_indptr = torch.arange(len(metadata.rows) + 1, dtype=torch.int32)
-            reference_attention(
-                queries, keys, values, out, metadata.rows, qo_indptr, metadata.kv_lens, 1, **options
-            )
+            reference_attention(queries, keys, values, out, metadata.rows, qo_indptr, metadata.kv_lens, 1, **options)
         return out.view(q.shape[0], -1)
+
+    def _forward_paged(
+        self,
+        method: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+        sinks: torch.Tensor | None,
+        extra: dict[str, Any],
+    ) -> torch.Tensor:
+        options = extra if sinks is None else {**extra, "sinks": sinks}
+        result: torch.Tensor = getattr(self._paged, method)(q, k, v, layer, forward_batch, save_kv_cache, **options)
+        return result
 
     def _metadata(self) -> Metadata:
         assert self.forward_metadata is not None, "SGLang calls init_forward_metadata before the first layer"
@@ -234,9 +269,7 @@ class VTensorAttnBackend(AttentionBackend):
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
         else:
             # SGLang's writer divides in place.
-            self.token_to_kv_pool.set_kv_buffer(
-                layer, location, k.clone(), v.clone(), layer.k_scale, layer.v_scale
-            )
+            self.token_to_kv_pool.set_kv_buffer(layer, location, k.clone(), v.clone(), layer.k_scale, layer.v_scale)
 
     def _shape(self, q: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries as [tokens, q_heads, head_dim], and the output to fill, of v_head_dim."""
@@ -255,13 +288,12 @@ class VTensorAttnBackend(AttentionBackend):
             "sinks": sinks,
         }
 
-    def _takes_fa3(self, layer: Any, options: dict[str, Any], batch_size: int) -> bool:
-        """FlashAttention-3 takes plain attention of half-precision keys."""
+    def _takes_fa3(self, layer: Any, options: dict[str, Any]) -> bool:
+        """FlashAttention-3 on views takes plain attention of half-precision keys."""
         if self._fa3 is None or options["sinks"] is not None or options["logit_cap"]:
             return False
         keys, _ = self._views[layer.layer_id]
-        plain = keys.dtype in (torch.bfloat16, torch.float16) and layer.qk_head_dim == layer.v_head_dim
-        return plain and (self.kernel == "fa3" or batch_size <= MAX_VIEW_LAUNCHES)
+        return keys.dtype in (torch.bfloat16, torch.float16) and layer.qk_head_dim == layer.v_head_dim
 
     def _extend_fa3(
         self, queries: torch.Tensor, out: torch.Tensor, layer: Any, metadata: Metadata, options: dict[str, Any]

@@ -136,9 +136,7 @@ def check_targets() -> None:
             f"install sglang=={SUPPORTED[-1]}"
         )
     if installed not in SUPPORTED:
-        raise ConfigError(
-            f"SGLang {installed} is not supported by this sgl_vtensor; install sglang=={SUPPORTED[-1]}"
-        )
+        raise ConfigError(f"SGLang {installed} is not supported by this sgl_vtensor; install sglang=={SUPPORTED[-1]}")
 
 
 def check_installed() -> None:

@@ -95,10 +95,9 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """Hook: keep our flags on SGLang's record; underscore attributes travel to its processes."""
     record = original(cls, args)
-    given = {
-        name.removeprefix("vtensor_"): value for name, value in vars(args).items() if name.startswith("vtensor_")
-    }
-    enabled = getattr(args, "enable_vtensor", False)
+    given = {name.removeprefix("vtensor_"): value for name, value in vars(args).items() if name.startswith("vtensor_")}
+    backends = [getattr(args, f"{phase}attention_backend", None) for phase in ("", "prefill_", "decode_")]
+    enabled = getattr(args, "enable_vtensor", False) or NAME in backends or switched_on(os.environ)
     if not enabled and any(value is not None for value in given.values()):
         names = ", ".join(f"--vtensor-{name.replace('_', '-')}" for name, value in given.items() if value is not None)
         raise ConfigError(f"{names} does nothing without --enable-vtensor; add it")
@@ -125,8 +124,9 @@ def _choose(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Switch vTensor memory on, and choose page size, tree and attention backend."""
     view = resolved_view(server_args)
     flags = getattr(server_args, _FLAGS_ATTRIBUTE, None)
-    backends = (view.attention_backend, view.prefill_attention_backend, view.decode_attention_backend)
-    if flags is None and NAME not in backends and not switched_on(os.environ):
+    # What the user named; the view already holds SGLang's own choice for the device.
+    named = (server_args.attention_backend, server_args.prefill_attention_backend, server_args.decode_attention_backend)
+    if flags is None and NAME not in named and not switched_on(os.environ):
         previous(server_args)
         return
     from sgl_vtensor.srt import compat
@@ -135,12 +135,12 @@ def _choose(server_args: Any, previous: Callable[[Any], None]) -> None:
     config = load_config(flags or {}, os.environ)
     _refuse_flags(view)
     _refuse_model(server_args, view)
-    if NAME in backends and set(backends) - {NAME, None}:
+    if NAME in named and set(named) - {NAME, None}:
         raise ConfigError(
             "vtensor attends both prefill and decode; name no other attention backend beside it, or name another "
             "with --attention-backend for both, which then runs paged on vTensor memory"
         )
-    if not any(backends):
+    if not any(named) or NAME in named:
         declare_resolution(server_args, NAME, attention_backend=NAME)
     previous(server_args)
     layout = layout_of(server_args, config, granule_bytes=granule_bytes(view.device))

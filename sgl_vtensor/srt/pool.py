@@ -31,7 +31,9 @@ class VTensorKVPool(MHATokenToKVPool):
 
     def _create_buffers(self) -> None:
         if self.is_quantized_kv_cache:
-            raise ConfigError("quantized KV caches other than fp8 do not work with --enable-vtensor; drop one of the two")
+            raise ConfigError(
+                "quantized KV caches other than fp8 do not work with --enable-vtensor; drop one of the two"
+            )
         if self.size % self.page_size:
             raise ConfigError(f"{self.size} tokens are not whole pages of {self.page_size}; please report this")
         on_cuda = torch.device(self.device).type == "cuda"

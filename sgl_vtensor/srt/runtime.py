@@ -27,6 +27,10 @@ HOST_SPARE_MAPPINGS = 8192
 """Linux mappings left to the process for its own libraries and threads."""
 
 
+MAX_MAPPINGS_AHEAD = 8
+"""Mappings that a prefill waits for; where it lacks more, it reads the homes."""
+
+
 class Runtime:
     """Lives on SGLang's model runner as ``vtensor``.
 
@@ -34,19 +38,38 @@ class Runtime:
     every length that a slot reaches and of every slot that is let go.
     """
 
-    def __init__(self, pool: VTensorPool, config: VTensorConfig, *, dense_capacity: int) -> None:
+    def __init__(
+        self, pool: VTensorPool, allocator: VTensorAllocator, config: VTensorConfig, *, dense_capacity: int
+    ) -> None:
         self.pool = pool
+        self.allocator = allocator
         self.config = config
         self.dense_capacity = dense_capacity
         self._on_cuda = pool.driver.device.type == "cuda"
         self._batch_rows: npt.NDArray[np.int32] | None = None
+        self._unmapped: list[npt.NDArray[np.int64]] = []
+        self.can_read_homes = False
+        """Whether the attention backend can serve a prefill through the homes, while its rows are not mapped yet."""
         self._words = pool.pages.tensor().view(torch.int64).view(pool.pages.num_pages + 1, -1)
 
     # SGLang's auxiliary cache.
 
     def alloc_to_lengths(self, *, req_pool_indices_cpu: torch.Tensor, target_seq_lens_cpu: torch.Tensor) -> None:
-        """SGLang has written its table and launches next: map what the rows lack."""
-        self.pool.ensure(req_pool_indices_cpu.numpy())
+        """SGLang has written its table and launches next: map what the rows lack.
+
+        A driver call takes tens of microseconds, and a long prefix that no parked row shows takes hundreds of them. A
+        prefill need not wait for that: it can read the pages at their homes, and the rows are mapped while it runs.
+        """
+        slots = req_pool_indices_cpu.numpy()
+        if self.can_read_homes and self.allocator.extending and self.pool.count_changes(slots) > MAX_MAPPINGS_AHEAD:
+            self._unmapped.append(slots)
+        else:
+            self.pool.ensure(slots)
+
+    @property
+    def launch_reads_homes(self) -> bool:
+        """Whether rows of the batch that is being launched lack pages."""
+        return bool(self._unmapped)
 
     def free(self, slot: int) -> None:
         self.pool.close(slot)
@@ -65,13 +88,17 @@ class Runtime:
         self._batch_rows = self.pool.row_of_slot[batch.req_pool_indices_cpu.numpy()]
 
     def end_launch(self) -> None:
+        """On the forward stream, behind the launch. Mapping goes on while the GPU computes."""
         self._batch_rows = None
-        if not self._on_cuda:
+        if self._on_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self.pool.launch(event)
+        else:
             self.pool.launch(None)
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self.pool.launch(event)
+        for slots in self._unmapped:
+            self.pool.ensure(slots)
+        self._unmapped.clear()
 
     def rows_of_launch(self) -> npt.NDArray[np.int32] | None:
         """Rows of the batch that is being launched; None in dummy and capture runs, which use the padding row."""
@@ -79,7 +106,7 @@ class Runtime:
 
     def zero_fresh_pages(self) -> None:
         """New memory may hold anything, and 0 times NaN is NaN."""
-        fresh = self.pool.pages.take_fresh()
+        fresh = self.pool.take_fresh()
         if not fresh:
             return
         indices = torch.tensor(fresh, dtype=torch.int64)
@@ -125,7 +152,7 @@ def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
         max_mappings=_max_mappings(pages.driver.name, pages.num_pages, pages.layout.num_pages(slots.max_context_len)),
     )
     allocator.attach(pool)
-    runner.vtensor = Runtime(pool, config, dense_capacity=runner.max_total_num_tokens)
+    runner.vtensor = Runtime(pool, allocator, config, dense_capacity=runner.max_total_num_tokens)
     runner.vtensor.zero_fresh_pages()
     slots.attach_aux_cache(runner.vtensor)
     logger.info(
@@ -175,18 +202,20 @@ def runtime_of(owner: Any) -> Runtime | None:
 
 
 def alloc_for_extend(original: Callable[..., Any], batch: Any) -> Any:
-    return _serve(original, batch)
+    """Hook: the pages of a prefill."""
+    allocator = batch.token_to_kv_pool_allocator
+    if not isinstance(allocator, VTensorAllocator):
+        return original(batch)
+    with allocator.serving(batch, extending=True):
+        return original(batch)
 
 
 def alloc_for_decode(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-    return _serve(original, batch, *args, **kwargs)
-
-
-def _serve(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hook: the pages of a decode step."""
     allocator = batch.token_to_kv_pool_allocator
     if not isinstance(allocator, VTensorAllocator):
         return original(batch, *args, **kwargs)
-    with allocator.serving(batch):
+    with allocator.serving(batch, extending=False):
         return original(batch, *args, **kwargs)
 
 

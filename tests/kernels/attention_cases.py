@@ -32,7 +32,9 @@ class Case:
         """An output full of NaN: what the kernel leaves unwritten cannot pass."""
         return self.q.new_full((*self.q.shape[:2], self.v.shape[3]), float("nan"))
 
-    def expected(self, compute_dtype: torch.dtype, *, with_lse: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def expected(
+        self, compute_dtype: torch.dtype, *, with_lse: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output, and log-sum-exp if asked for, of the reference in ``compute_dtype``."""
         out = torch.zeros(*self.q.shape[:2], self.v.shape[3], dtype=compute_dtype, device=self.q.device)
         lse = torch.zeros(self.q.shape[:2], dtype=compute_dtype, device=self.q.device) if with_lse else None

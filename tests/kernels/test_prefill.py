@@ -117,6 +117,35 @@ def test_few_queries_on_a_long_prefix_are_split(
     assert combined, "the case is meant for the split path"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"k_scale": 0.5, "v_scale": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim"), [(16, 8, 64), (32, 8, 128), (8, 8, 128), (24, 8, 64)]
+)
+def test_hopper_kernel(
+    q_heads: int, kv_heads: int, head_dim: int, options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enough tiles for every processor, several turns each; lengths around block edges, and rows without queries."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    from vtensor_kernels import prefill_hopper
+
+    launches = []
+    monkeypatch.setattr(
+        prefill_hopper, "_prefill_hopper_kernel", _Recorder(prefill_hopper._prefill_hopper_kernel, launches)
+    )
+    q_lens = [1, 127, 0, 128, 129, 400, 5, 255, 256, 257, 3, 64, 1000, 2]
+    kv_lens = [1, 128, 50, 255, 129, 1411, 0, 257, 300, 257, 1, 2000, 1000, 4095]
+    check(
+        make_case(
+            torch.device("cuda"), q_lens, kv_lens, dtype=dtype, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim,
+            **options,
+        )
+    )  # fmt: skip
+    assert launches, "the case is meant for the Hopper kernel"
+
+
 class _Recorder:
     """Stands for a kernel and notes its launches."""
 

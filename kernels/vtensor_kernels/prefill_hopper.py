@@ -1,0 +1,409 @@
+"""Prefix-prefill for sm_90 in Gluon: a producer warp copies K and V, two warpgroups compute, each on half a tile.
+
+The plain case only: bfloat16 or float16, head_dim 64 or 128, no cap, window, sinks, log-sum-exp or fp8 (``prefill.py``
+takes those). What it wins over the Triton loop: the score product of the next keys runs while the softmax of these
+does, the two warpgroups drift apart so that one's softmax hides behind the other's products, and a program fetches
+the next tile's keys while it finishes the last one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from vtensor_kernels import tile
+
+BLOCK_M = 128
+"""(token, query head) pairs of a tile; each of the two warpgroups takes half."""
+BLOCK_N = 128
+STAGES = 2
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.7 renamed it
+_ENTRY = 8  # int32 a schedule entry: row, q_start, q_len, kv_len, tile in the request, 3 unused
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _schedule_kernel(
+    schedule_ptr,
+    rows_ptr,
+    qo_indptr,
+    kv_lens,
+    batch,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    SORTED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ENTRY: tl.constexpr,
+):
+    """Write one tile's entry. q_len is 0 behind the last tile: the launch has as many as there could be."""
+    index = tl.program_id(0)
+    request, tile_index, num_tiles = tile.find_tile(index, qo_indptr, kv_lens, batch, GROUP, BLOCK_M, BLOCK_B, SORTED)
+    entry = schedule_ptr + index * ENTRY
+    found = request >= 0
+    request = tl.maximum(request, 0)
+    q_start = tl.load(qo_indptr + request)
+    q_len = tl.load(qo_indptr + request + 1) - q_start
+    if CAUSAL:
+        tile_index = num_tiles - 1 - tile_index
+    tl.store(entry, tl.load(rows_ptr + request).to(tl.int32))
+    tl.store(entry + 1, q_start)
+    tl.store(entry + 2, tl.where(found, q_len, 0))
+    tl.store(entry + 3, tl.load(kv_lens + request))
+    tl.store(entry + 4, tile_index)
+
+
+@gluon.jit
+def _num_blocks(entry, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """Key blocks of the tile; 0 for an entry without queries."""
+    q_len = gl.load(entry + 2)
+    kv_len = gl.load(entry + 3)
+    end = kv_len
+    if CAUSAL:
+        last = (gl.load(entry + 4) * BLOCK_M + BLOCK_M - 1) // GROUP
+        end = gl.minimum(kv_len - q_len + last + 1, kv_len)
+    return gl.where(q_len > 0, (gl.maximum(end, 0) + BLOCK_N - 1) // BLOCK_N, 0)
+
+
+@gluon.jit
+def _work(turn):
+    """The turn-th piece of work of this program. Every other turn runs backwards: work is sorted by length."""
+    programs = gl.num_programs(0)
+    program = gl.program_id(0)
+    return turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
+
+
+@gluon.jit
+def _produce(
+    schedule_ptr, num_work, k_ptr, v_ptr,
+    stride_k_row, stride_k_token, stride_k_head, stride_v_row, stride_v_token, stride_v_head,
+    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
+):  # fmt: skip
+    """Copy the key blocks of every tile, last block first, as stages become free."""
+    count = 0
+    for turn in range((num_work + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        work = _work(turn)
+        if work < num_work:
+            entry = schedule_ptr + work // KV_HEADS * ENTRY
+            blocks = _num_blocks(entry, GROUP, BLOCK_M, BLOCK_N, CAUSAL)
+            if blocks > 0:
+                row = gl.load(entry).to(gl.int64)
+                kv_len = gl.load(entry + 3)
+                kv_head = (work % KV_HEADS).to(gl.int64)
+                # The descriptors lie in one place for all tiles: no copy through the old ones may be in flight.
+                for any_stage in gl.static_range(STAGES):
+                    uses = (count - any_stage + STAGES - 1) // STAGES
+                    mbarrier.wait(k_ready.index(any_stage), (uses + 1) & 1)
+                    mbarrier.wait(v_ready.index(any_stage), (uses + 1) & 1)
+                # The exact length as shape: what is behind it may be unmapped, and the copy engine stays out of it.
+                k_row = tma.make_tensor_descriptor(
+                    k_ptr + row * stride_k_row + kv_head * stride_k_head,
+                    [kv_len, DIM], [stride_k_token, 1], [BLOCK_N, DIM], k_tiles.layout,
+                )  # fmt: skip
+                v_row = tma.make_tensor_descriptor(
+                    v_ptr + row * stride_v_row + kv_head * stride_v_head,
+                    [kv_len, DIM], [stride_v_token, 1], [BLOCK_N, DIM], v_tiles.layout,
+                )  # fmt: skip
+                for i in range(blocks):
+                    stage = count % STAGES
+                    free_phase = (count // STAGES + 1) & 1
+                    start = (blocks - 1 - i) * BLOCK_N
+                    mbarrier.wait(k_free.index(stage), free_phase)
+                    mbarrier.expect(k_ready.index(stage), k_row.block_type.nbytes)
+                    _copy(k_row, [start, 0], k_ready.index(stage), k_tiles.index(stage))
+                    mbarrier.wait(v_free.index(stage), free_phase)
+                    mbarrier.expect(v_ready.index(stage), v_row.block_type.nbytes)
+                    _copy(v_row, [start, 0], v_ready.index(stage), v_tiles.index(stage))
+                    count += 1
+
+
+@gluon.jit
+def _softmax(
+    s, row_max, row_sum, position, start, kv_len, scale,
+    BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Probabilities of one block, and the running maximum, sum and the factor for what was summed before."""
+    if MASKED:
+        key = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+        if CAUSAL:
+            visible = key[None, :] <= position[:, None]
+        else:
+            visible = (key < kv_len)[None, :] & (position >= -2147483647)[:, None]
+        s = gl.where(visible, s, float("-inf"))
+    new_max = gl.maximum(row_max, gl.max(s, 1) * scale)
+    shift = new_max
+    if MASKED:
+        # Nothing seen yet: a maximum of 0 turns exp2(-inf - max) into 0 where -inf would give NaN.
+        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+    p = gl.exp2(s * scale - shift[:, None])
+    rescale = gl.exp2(row_max - shift)
+    return p, new_max, row_sum * rescale + gl.sum(p, 1), rescale
+
+
+@gluon.jit
+def _pin(row_sum):
+    """Keep what ``row_sum`` is made of, which is the whole softmax, in front of what follows.
+
+    ptxas moves a wait for the tensor cores up past arithmetic, which would undo the overlap; it does not move it past
+    a store (that never happens: a sum of powers is not negative).
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred negative; .reg .b32 nowhere;
+        mov.b32 nowhere, 0; setp.lt.f32 negative, $1, 0f00000000;
+        @negative st.shared.f32 [nowhere], $1;
+        mov.b32 $0, $1; }""",
+        "=f,f", [row_sum], dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _steps(
+    acc, row_max, row_sum, p, count, first, last, blocks, position, kv_len, scale,
+    q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+    DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Blocks [first, last) counted from the end: scores of block i overlap with the values of block i - 1."""
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    for i in range(first, last):
+        stage = count % STAGES
+        before = (count - 1) % STAGES
+        mbarrier.wait(k_ready.index(stage), (count // STAGES) & 1)
+        zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+        s = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(before), ((count - 1) // STAGES) & 1)
+        acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
+        s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
+        mbarrier.arrive(k_free.index(stage))
+        start = (blocks - 1 - i) * BLOCK_N
+        new_p, row_max, row_sum, rescale = _softmax(
+            s, row_max, row_sum, position, start, kv_len, scale, BLOCK_N, CAUSAL, MASKED, S_LAYOUT
+        )
+        row_sum = _pin(row_sum)
+        acc, row_sum = warpgroup_mma_wait(num_outstanding=0, deps=[acc, row_sum])
+        mbarrier.arrive(v_free.index(before))
+        rescale = gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))
+        acc = acc * rescale[:, None]
+        p = gl.convert_layout(new_p.to(q_tile.dtype), P_LAYOUT)
+        count += 1
+    return acc, row_max, row_sum, p, count
+
+
+@gluon.jit
+def _consume(
+    half, schedule_ptr, num_work, q_ptr, out_ptr, scale, v_scale,
+    stride_q_token, stride_q_head, stride_out_token, stride_out_head,
+    q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: 64 of each tile's pairs against all of its key blocks."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    LOAD_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    count = 0
+    for turn in range((num_work + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        work = _work(turn)
+        q_len = 0
+        entry = schedule_ptr
+        if work < num_work:
+            entry = schedule_ptr + work // KV_HEADS * ENTRY
+            q_len = gl.load(entry + 2)
+        if q_len > 0:
+            kv_len = gl.load(entry + 3)
+            first_pair = gl.load(entry + 4) * BLOCK_M + half * 64
+            kv_head = work % KV_HEADS
+            blocks = _num_blocks(entry, GROUP, BLOCK_M, BLOCK_N, CAUSAL)
+            first_token = first_pair // GROUP
+            tile_start = (gl.load(entry + 1) + first_token).to(gl.int64)
+
+            pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, LOAD_LAYOUT))
+            dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, LOAD_LAYOUT))
+            token = pair // GROUP
+            head = kv_head * GROUP + pair % GROUP
+            offsets = (token - first_token) * stride_q_token + head * stride_q_head
+            q = gl.load(
+                q_ptr + tile_start * stride_q_token + offsets[:, None] + dim[None, :],
+                mask=(token < q_len)[:, None] & (dim >= 0)[None, :],
+                other=0.0,
+            )
+            q_tile.store(q)
+            fence_async_shared()
+
+            pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
+            position = kv_len - q_len + pair // GROUP
+            row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+            row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+            acc = gl.zeros([64, DIM], gl.float32, O_LAYOUT)
+            if blocks > 0:
+                # Blocks from `whole` down are seen by all queries of this half; the ones above need a mask.
+                whole = kv_len // BLOCK_N
+                if CAUSAL:
+                    whole = gl.maximum(kv_len - q_len + first_token + 1, 0) // BLOCK_N
+                masked = gl.maximum(blocks - whole, 1)
+                mbarrier.wait(k_ready.index(count % STAGES), (count // STAGES) & 1)
+                zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+                s = warpgroup_mma(
+                    q_tile, k_tiles.index(count % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True
+                )
+                s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
+                mbarrier.arrive(k_free.index(count % STAGES))
+                new_p, row_max, row_sum, _ = _softmax(
+                    s, row_max, row_sum, position, (blocks - 1) * BLOCK_N, kv_len, scale,
+                    BLOCK_N, CAUSAL, True, S_LAYOUT,
+                )  # fmt: skip
+                p = gl.convert_layout(new_p.to(q_tile.dtype), P_LAYOUT)
+                count += 1
+                acc, row_max, row_sum, p, count = _steps(
+                    acc, row_max, row_sum, p, count, 1, masked, blocks, position, kv_len, scale,
+                    q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+                    DIM, BLOCK_N, STAGES, CAUSAL, True, S_LAYOUT, O_LAYOUT,
+                )  # fmt: skip
+                acc, row_max, row_sum, p, count = _steps(
+                    acc, row_max, row_sum, p, count, masked, blocks, blocks, position, kv_len, scale,
+                    q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+                    DIM, BLOCK_N, STAGES, CAUSAL, False, S_LAYOUT, O_LAYOUT,
+                )  # fmt: skip
+                before = (count - 1) % STAGES
+                mbarrier.wait(v_ready.index(before), ((count - 1) // STAGES) & 1)
+                acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
+                acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+                mbarrier.arrive(v_free.index(before))
+
+            inverse = gl.convert_layout(
+                v_scale / gl.where(row_sum == 0.0, 1.0, row_sum), gl.SliceLayout(1, O_LAYOUT)
+            )
+            acc = acc * inverse[:, None]
+            pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
+            dim_out = gl.arange(0, DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+            token = pair // GROUP
+            head = kv_head * GROUP + pair % GROUP
+            offsets = (token - first_token) * stride_out_token + head * stride_out_head
+            gl.store(
+                out_ptr + tile_start * stride_out_token + offsets[:, None] + dim_out[None, :],
+                acc.to(out_ptr.dtype.element_ty),
+                mask=(token < q_len)[:, None] & (dim_out >= 0)[None, :],
+            )
+
+
+@gluon.jit(do_not_specialize=["num_work"])
+def _prefill_hopper_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    schedule_ptr,
+    num_work,
+    scale,
+    v_scale,
+    stride_q_token,
+    stride_q_head,
+    stride_k_row,
+    stride_k_token,
+    stride_k_head,
+    stride_v_row,
+    stride_v_token,
+    stride_v_head,
+    stride_out_token,
+    stride_out_head,
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    DIM: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    ENTRY: gl.constexpr,
+):
+    """out = softmax(q k^T * sm_scale) v, one resident program a processor, each taking tiles by turns."""
+    dtype: gl.constexpr = k_ptr.dtype.element_ty
+    KV_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DIM], dtype)
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
+    q_tile_0 = gl.allocate_shared_memory(dtype, [64, DIM], Q_LAYOUT)
+    q_tile_1 = gl.allocate_shared_memory(dtype, [64, DIM], Q_LAYOUT)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], KV_LAYOUT)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], KV_LAYOUT)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(stage), count=1)
+        mbarrier.init(v_ready.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=2)  # both warpgroups are done with it
+        mbarrier.init(v_free.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, schedule_ptr, num_work, q_ptr, out_ptr, scale, v_scale,
+                stride_q_token, stride_q_head, stride_out_token, stride_out_head,
+                q_tile_0, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+                KV_HEADS, GROUP, DIM, CAUSAL, BLOCK_M, BLOCK_N, STAGES, ENTRY,
+            )),
+            (_consume, (
+                1, schedule_ptr, num_work, q_ptr, out_ptr, scale, v_scale,
+                stride_q_token, stride_q_head, stride_out_token, stride_out_head,
+                q_tile_1, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+                KV_HEADS, GROUP, DIM, CAUSAL, BLOCK_M, BLOCK_N, STAGES, ENTRY,
+            )),
+            (_produce, (
+                schedule_ptr, num_work, k_ptr, v_ptr,
+                stride_k_row, stride_k_token, stride_k_head, stride_v_row, stride_v_token, stride_v_head,
+                k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+                KV_HEADS, GROUP, DIM, CAUSAL, BLOCK_M, BLOCK_N, STAGES, ENTRY,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def prefill_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    tiles: int,
+    *,
+    scale: float,
+    causal: bool,
+    v_scale: float,
+) -> None:
+    """Launch for checked arguments of ``prefill_attention``; ``tiles`` bounds the tiles of BLOCK_M pairs a kv head."""
+    batch = rows.shape[0]
+    kv_heads = k.shape[2]
+    group = q.shape[1] // kv_heads
+    schedule = torch.empty(tiles, _ENTRY, dtype=torch.int32, device=q.device)
+    _schedule_kernel[(tiles,)](
+        schedule, rows, qo_indptr, kv_lens, batch,
+        GROUP=group, BLOCK_M=BLOCK_M, BLOCK_B=tile.block_batch(batch), SORTED=batch <= 128, CAUSAL=causal,
+        ENTRY=_ENTRY, num_warps=4,
+    )  # fmt: skip
+    triton.set_allocator(tile.allocate_scratch)
+    num_work = tiles * kv_heads
+    _prefill_hopper_kernel[(min(num_work, tile.processors(q.device)),)](
+        q, k, v, out, schedule, num_work, scale, v_scale,
+        *q.stride()[:2],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:2],
+        KV_HEADS=kv_heads, GROUP=group, DIM=q.shape[2], CAUSAL=causal,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, ENTRY=_ENTRY,
+        num_warps=4, maxnreg=168,
+    )  # fmt: skip

@@ -1,0 +1,190 @@
+"""A real SGLang server for tests, and what to ask of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import requests
+
+from sgl_vtensor.cli.server import Server, free_port
+
+READY = "The server is fired up and ready to roll!"
+START_SECONDS = 180.0
+ANSWER_SECONDS = 120.0
+PAGE_TOKENS = 16
+
+# SGLang's own checks of its books, in every step and when idle; a failed one ends the scheduler.
+CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+    "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1",
+    "SGLANG_DEBUG_MEMORY_POOL": "1",
+}
+_COMMON = (
+    "--dtype=float32",
+    "--device=cpu",
+    "--sampling-backend=pytorch",
+    "--grammar-backend=none",
+    "--skip-server-warmup",
+    "--mem-fraction-static=0.3",
+    "--max-running-requests=12",
+    "--random-seed=1",
+)
+VTENSOR = ("--enable-vtensor", f"--vtensor-page-tokens={PAGE_TOKENS}")
+
+_BAD = re.compile(r"Traceback|\bleak|[A-Za-z]*Error\b|\berror:|Exception|use-after-free|double free", re.IGNORECASE)
+_HARMLESS = re.compile(r"ServerArgs\(|server_args=|Ignore import error|ImportError|ModuleNotFoundError")
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's variables without our own, no model hub, and SGLang's checks on."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("SGL_VTENSOR")}
+    return mine | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | CHECKS | dict(extra or {})
+
+
+def launch_command(model: Path, flags: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *_COMMON, *flags]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one prompt."""
+
+    output_ids: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    finish: str
+    logprobs: tuple[float, ...] = ()
+    prompt_logprobs: tuple[float | None, ...] = ()
+    least_gap: float = float("inf")
+    """How far the chosen token was ahead of the second at its closest."""
+
+
+class SGLangServer:
+    """A running server. A context manager that ends it with all its children."""
+
+    def __init__(
+        self, model: Path, log: Path, flags: Sequence[str] = (), extra_env: Mapping[str, str] | None = None
+    ) -> None:
+        self.log = log
+        self.port = free_port(0, "127.0.0.1")
+        self._read_to = 0
+        self.flags = tuple(flags)
+        command = launch_command(model, [*flags, "--host=127.0.0.1", f"--port={self.port}"])
+        self.server = Server(command, log, environment(extra_env))
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.server.stop()
+            raise
+
+    def __enter__(self) -> SGLangServer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.server.stop()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.server.running(), f"the server ended at start:\n{self.tail()}"
+            if READY in self.log.read_text(errors="replace"):
+                self._read_to = self.log.stat().st_size
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"the server was not ready within {START_SECONDS:.0f} s:\n{self.tail()}")
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.server.last_lines(lines))
+
+    def get(self, path: str, timeout: float = 30) -> requests.Response:
+        return requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=timeout)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
+        options.setdefault("timeout", ANSWER_SECONDS)
+        return requests.post(f"http://127.0.0.1:{self.port}{path}", json=body, **options)
+
+    def generate(self, prompt: Sequence[int], tokens: int = 48, *, logprobs: bool = False, **more: Any) -> Answer:
+        """Answer greedily, past any end-of-text token."""
+        body = generate_body(prompt, tokens) | more
+        if logprobs:
+            body |= {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
+        response = self.post("/generate", body)
+        assert response.ok, f"{response.status_code}: {response.text}\n{self.tail()}"
+        return _answer(response.json())
+
+    def submit(self, executor: ThreadPoolExecutor, prompt: Sequence[int], tokens: int = 48) -> Future[Answer]:
+        return executor.submit(self.generate, prompt, tokens)
+
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], tokens: int = 48, concurrency: int = 8, **more: Any
+    ) -> list[Answer]:
+        with ThreadPoolExecutor(concurrency) as executor:
+            return list(executor.map(lambda prompt: self.generate(prompt, tokens, **more), prompts))
+
+    def flush_cache(self) -> None:
+        """Flush; SGLang refuses while anything runs."""
+        self.wait_idle()
+        response = self.post("/flush_cache")
+        assert response.ok, f"{response.status_code}: {response.text}"
+
+    def vtensor(self) -> dict[str, Any]:
+        """Our section of ``/server_info``."""
+        states = self.get("/server_info").json()["internal_states"]
+        section: dict[str, Any] = states[0]["vtensor"]
+        return section
+
+    def wait_idle(self) -> None:
+        """Until nothing runs or waits, and SGLang has had its idle checks."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            loads = self.get("/v1/loads").json()["loads"]
+            if all(load["num_running_reqs"] == 0 and load["num_waiting_reqs"] == 0 for load in loads):
+                time.sleep(0.1)
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"requests are still running:\n{self.tail()}")
+
+    def check_healthy(self) -> None:
+        """The server is idle and alive, and its log holds nothing bad since the last call."""
+        assert self.server.running(), f"the server has ended:\n{self.tail()}"
+        self.wait_idle()
+        if "--enable-vtensor" in self.flags:
+            figures = self.vtensor()
+            assert figures["pages_in_use"] == figures["pages_cached"], figures
+            assert figures["rows_running"] == figures["pages_fenced"] == figures["pages_shared"] == 0, figures
+        with self.log.open("rb") as file:
+            file.seek(self._read_to)
+            text = file.read().decode(errors="replace")
+            self._read_to = file.tell()
+        bad = [line for line in text.splitlines() if _BAD.search(line) and not _HARMLESS.search(line)]
+        assert not bad, "the log says:\n" + "\n".join(bad[:20]) + f"\n...\n{self.tail()}"
+
+
+def generate_body(prompt: Sequence[int], tokens: int) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    return {"input_ids": list(prompt), "sampling_params": sampling}
+
+
+def _answer(reply: dict[str, Any]) -> Answer:
+    meta = reply["meta_info"]
+    tops = meta.get("output_top_logprobs") or ()
+    return Answer(
+        output_ids=tuple(reply["output_ids"]),
+        prompt_tokens=meta["prompt_tokens"],
+        cached_tokens=meta["cached_tokens"],
+        finish=meta["finish_reason"]["type"],
+        logprobs=tuple(entry[0] for entry in meta.get("output_token_logprobs") or ()),
+        prompt_logprobs=tuple(entry[0] for entry in meta.get("input_token_logprobs") or ()),
+        least_gap=min((first[0] - second[0] for first, second in tops), default=float("inf")),
+    )

@@ -1,0 +1,204 @@
+"""Servers with vTensor memory answer token for token what stock SGLang answers, whatever happens to the cache."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import Expected, Start, StockAnswers
+from server import PAGE_TOKENS, VTENSOR, SGLangServer, generate_body
+
+pytestmark = pytest.mark.server
+
+# Pools are small, so that prompts evict each other all the time: the mixed prompts need more than 4000 tokens in all.
+KINDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "overlap": (("--max-total-tokens=2048",), {}),
+    "mixed-chunks": (
+        (
+            "--max-total-tokens=1024",
+            f"--chunked-prefill-size={2 * PAGE_TOKENS}",
+            "--enable-mixed-chunk",
+            "--schedule-conservativeness=0.1",
+        ),
+        {},
+    ),
+    "no-overlap": (
+        (
+            "--max-total-tokens=2048",
+            f"--chunked-prefill-size={2 * PAGE_TOKENS}",
+            "--disable-overlap-schedule",
+        ),
+        {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "9"},
+    ),
+    "no-tree": (
+        (
+            "--max-total-tokens=2048",
+            f"--chunked-prefill-size={2 * PAGE_TOKENS}",
+            "--disable-radix-cache",
+        ),
+        {},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def running(request: pytest.FixtureRequest, start: Start, stock: StockAnswers) -> Iterator[SGLangServer]:
+    flags, env = KINDS[request.param]
+    with start(*VTENSOR, *flags, env=env) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: SGLangServer) -> Iterator[SGLangServer]:
+    """The running server with an empty cache; SGLang's idle checks have passed afterwards."""
+    running.flush_cache()
+    yield running
+    running.check_healthy()
+
+
+def only(*kinds: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("running", kinds, indirect=True)
+
+
+with_tree = only("overlap", "mixed-chunks", "no-overlap")
+
+
+def check(server: SGLangServer, asked: Sequence[Expected], *, concurrency: int) -> None:
+    with ThreadPoolExecutor(concurrency) as executor:
+        answers = list(executor.map(lambda one: server.generate(one.prompt, one.tokens), asked))
+    for number, (answer, expected) in enumerate(zip(answers, asked, strict=True)):
+        assert answer.output_ids == expected.output_ids, f"prompt {number}, of {len(expected.prompt)} tokens"
+
+
+def test_alone_and_again(server: SGLangServer, stock: StockAnswers) -> None:
+    cached = 0
+    for expected in stock.mixed:
+        for _ in range(2):
+            answer = server.generate(expected.prompt)
+            assert answer.output_ids == expected.output_ids, f"a prompt of {answer.prompt_tokens} tokens"
+            cached += answer.cached_tokens
+    assert (cached > 0) == ("--disable-radix-cache" not in server.flags)
+
+
+def test_concurrency_8_and_again(server: SGLangServer, stock: StockAnswers) -> None:
+    for _ in range(3):
+        check(server, stock.mixed, concurrency=8)
+
+
+def test_after_flush(server: SGLangServer, stock: StockAnswers) -> None:
+    for _ in range(2):
+        check(server, stock.mixed[::3], concurrency=4)
+        server.flush_cache()
+        figures = server.vtensor()
+        assert figures["pages_in_use"] == figures["pages_cached"] == 0
+
+
+@with_tree
+def test_second_time_is_a_prefix_hit(server: SGLangServer, stock: StockAnswers) -> None:
+    expected = stock.mixed[16]
+    for hit in (0, (len(expected.prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS):
+        answer = server.generate(expected.prompt)
+        assert (answer.cached_tokens, answer.output_ids) == (hit, expected.output_ids)
+
+
+@with_tree
+def test_an_answer_is_the_next_prompt(server: SGLangServer, stock: StockAnswers) -> None:
+    """A chat: each turn's prompt is all that was said before, and a hit up to its last full page."""
+    expected = stock.hungry[3]
+    said = list(expected.prompt)
+    for turn in range(3):
+        answer = server.generate(said, 50)
+        assert answer.output_ids == expected.output_ids[50 * turn : 50 * turn + 50]
+        if turn:
+            # The last token of an answer is never run through the model.
+            assert answer.cached_tokens == (len(said) - 1) // PAGE_TOKENS * PAGE_TOKENS
+        said += answer.output_ids
+
+
+def test_logprobs(server: SGLangServer, stock: StockAnswers) -> None:
+    for expected in stock.mixed[::2]:
+        answer = server.generate(expected.prompt, logprobs=True)
+        assert answer.output_ids == expected.output_ids
+        assert answer.logprobs == pytest.approx(expected.answer.logprobs, abs=1e-4)
+        assert answer.prompt_logprobs[0] is None
+        assert answer.prompt_logprobs[1:] == pytest.approx(expected.answer.prompt_logprobs[1:], abs=1e-4)
+
+
+@only("overlap")
+def test_twins_then_eviction_then_again(server: SGLangServer, stock: StockAnswers) -> None:
+    """Two equal prompts in one batch: the tree keeps one's pages, the other goes on with these while its row still
+    shows its own, and the duplicates are handed out to others."""
+    twin = stock.twin
+    fenced = 0
+
+    def watch() -> None:
+        nonlocal fenced
+        while not done.is_set():
+            fenced = max(fenced, server.vtensor()["pages_fenced"])
+            time.sleep(0.02)
+
+    done = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        body = generate_body(twin.prompt, twin.tokens)
+        replies = server.post("/generate", body | {"input_ids": [list(twin.prompt)] * 2}).json()
+    finally:
+        done.set()
+        watcher.join()
+    assert [tuple(reply["output_ids"]) for reply in replies] == [twin.output_ids] * 2
+    assert fenced == len(twin.prompt) // PAGE_TOKENS, "the twins were not in one batch"
+    # Twins, and at once others that need every page.
+    with ThreadPoolExecutor(8) as executor:
+        for _ in range(2):
+            server.flush_cache()
+            twins = executor.submit(server.post, "/generate", body | {"input_ids": [list(twin.prompt)] * 2})
+            check(server, stock.hungry, concurrency=6)
+            assert [tuple(reply["output_ids"]) for reply in twins.result().json()] == [twin.output_ids] * 2
+            check(server, stock.mixed, concurrency=2)  # evicts them
+            check(server, [twin, twin], concurrency=2)
+
+
+@only("mixed-chunks", "no-overlap")
+def test_retraction(server: SGLangServer, stock: StockAnswers) -> None:
+    """More is running than the pool holds (or SGLang is told to retract): requests are thrown back and start again."""
+    before = server.log.stat().st_size
+    check(server, stock.hungry, concurrency=8)
+    check(server, stock.hungry + stock.mixed, concurrency=8)
+    with server.log.open("rb") as log:
+        log.seek(before)
+        assert b"retract" in log.read().lower()
+
+
+def test_client_goes_away(server: SGLangServer, stock: StockAnswers) -> None:
+    """Streams that the client drops, in prefill and in decode, among requests that go on."""
+    body = generate_body(stock.mixed[17].prompt, 300) | {"stream": True}
+    with ThreadPoolExecutor(1) as executor:
+        others = executor.submit(check, server, stock.mixed[:12], concurrency=4)
+        for num_events in (0, 1, 20):
+            with server.post("/generate", body, stream=True) as response:
+                events = response.iter_lines()
+                for _ in range(2 * num_events):  # an empty line follows each event
+                    next(events)
+        others.result()
+    check(server, stock.mixed[12:], concurrency=4)
+
+
+def test_abort_request(server: SGLangServer, stock: StockAnswers) -> None:
+    body = generate_body(stock.mixed[16].prompt, 500) | {"stream": True}
+    with ThreadPoolExecutor(1) as executor:
+        others = executor.submit(check, server, stock.mixed[:12], concurrency=4)
+        for number in range(4):
+            with server.post("/generate", body | {"rid": f"doomed-{number}"}, stream=True) as response:
+                events = response.iter_lines()
+                for _ in range(2 * number):
+                    next(events)
+                assert server.post("/abort_request", {"rid": f"doomed-{number}"}).ok
+                last = [event for event in events if event.startswith(b"data: {")][-1]
+            assert json.loads(last.removeprefix(b"data: "))["meta_info"]["finish_reason"]["type"] == "abort"
+        others.result()
+    check(server, stock.mixed[12:], concurrency=4)
