@@ -85,8 +85,9 @@ def fingerprint(asked: dict[str, list[str]]) -> str:
 
 @contextmanager
 def locked(venv: Path) -> Iterator[None]:
-    """One make at a time works on ``venv``. The lock ends with its process, however that ends."""
+    """One make at a time works on ``venv``. The lock ends with its process and with pip, however these end."""
     with open(f"{venv}.lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)  # a pip that survives us still holds it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -120,7 +121,7 @@ def install(venv: Path, asked: dict[str, list[str]]) -> None:
         [*pip, *asked["plain"]],
         [*pip, "--no-deps", *asked["no-deps"]],
     ):
-        if subprocess.run(command).returncode:
+        if subprocess.run(command, close_fds=False).returncode:
             sys.exit(f"\nThe environment is not made: the command above failed. Run make again; {venv} starts afresh.")
 
 

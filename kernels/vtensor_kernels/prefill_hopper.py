@@ -63,13 +63,13 @@ def _schedule_kernel(
 
 
 @gluon.jit
-def _num_blocks(entry, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+def _num_blocks(
+    q_len, kv_len, tile_index, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
     """Key blocks of the tile; 0 for an entry without queries."""
-    q_len = gl.load(entry + 2)
-    kv_len = gl.load(entry + 3)
     end = kv_len
     if CAUSAL:
-        last = (gl.load(entry + 4) * BLOCK_M + BLOCK_M - 1) // GROUP
+        last = (tile_index * BLOCK_M + BLOCK_M - 1) // GROUP
         end = gl.minimum(kv_len - q_len + last + 1, kv_len)
     return gl.where(q_len > 0, (gl.maximum(end, 0) + BLOCK_N - 1) // BLOCK_N, 0)
 
@@ -96,7 +96,9 @@ def _produce(
         work = _work(turn)
         if work < num_work:
             entry = schedule_ptr + work // KV_HEADS * ENTRY
-            blocks = _num_blocks(entry, GROUP, BLOCK_M, BLOCK_N, CAUSAL)
+            blocks = _num_blocks(
+                gl.load(entry + 2), gl.load(entry + 3), gl.load(entry + 4), GROUP, BLOCK_M, BLOCK_N, CAUSAL
+            )
             if blocks > 0:
                 row = gl.load(entry).to(gl.int64)
                 kv_len = gl.load(entry + 3)
@@ -202,6 +204,38 @@ def _steps(
 
 
 @gluon.jit
+def _load_entry(schedule_ptr, work, num_work, KV_HEADS: gl.constexpr, ENTRY: gl.constexpr):
+    """(q_start, q_len, kv_len, tile in the request) of a piece of work; q_len is 0 where there is none."""
+    inside = work < num_work
+    entry = schedule_ptr + work // KV_HEADS * ENTRY
+    return (
+        gl.load(entry + 1, mask=inside, other=0),
+        gl.load(entry + 2, mask=inside, other=0),
+        gl.load(entry + 3, mask=inside, other=0),
+        gl.load(entry + 4, mask=inside, other=0),
+    )
+
+
+@gluon.jit
+def _load_queries(
+    q_ptr, stride_q_token, stride_q_head, work, half, q_start, q_len, tile_index,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """This half's 64 pairs of the tile, zeros where there is no query."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    first_pair = tile_index * BLOCK_M + half * 64
+    first_token = first_pair // GROUP
+    pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, layout))
+    token = pair // GROUP
+    head = work % KV_HEADS * GROUP + pair % GROUP
+    offsets = (token - first_token) * stride_q_token + head * stride_q_head
+    base = q_ptr + (q_start + first_token).to(gl.int64) * stride_q_token
+    mask = (token < q_len)[:, None] & (dim >= 0)[None, :]
+    return gl.load(base + offsets[:, None] + dim[None, :], mask=mask, other=0.0)
+
+
+@gluon.jit
 def _consume(
     half, schedule_ptr, num_work, q_ptr, out_ptr, scale, v_scale,
     stride_q_token, stride_q_head, stride_out_token, stride_out_head,
@@ -209,94 +243,88 @@ def _consume(
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: 64 of each tile's pairs against all of its key blocks."""
+    """One warpgroup: 64 of each tile's pairs against all of its key blocks.
+
+    The next tile's entry is read while this tile is computed, and its queries while the last product runs.
+    """
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    LOAD_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
     count = 0
+    work = _work(0)
+    q_start, q_len, kv_len, tile_index = _load_entry(schedule_ptr, work, num_work, KV_HEADS, ENTRY)
+    q = _load_queries(
+        q_ptr, stride_q_token, stride_q_head, work, half, q_start, q_len, tile_index, KV_HEADS, GROUP, DIM, BLOCK_M
+    )
     for turn in range((num_work + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        work = _work(turn)
-        q_len = 0
-        entry = schedule_ptr
-        if work < num_work:
-            entry = schedule_ptr + work // KV_HEADS * ENTRY
-            q_len = gl.load(entry + 2)
-        if q_len > 0:
-            kv_len = gl.load(entry + 3)
-            first_pair = gl.load(entry + 4) * BLOCK_M + half * 64
-            kv_head = work % KV_HEADS
-            blocks = _num_blocks(entry, GROUP, BLOCK_M, BLOCK_N, CAUSAL)
-            first_token = first_pair // GROUP
-            tile_start = (gl.load(entry + 1) + first_token).to(gl.int64)
-
-            pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, LOAD_LAYOUT))
-            dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, LOAD_LAYOUT))
-            token = pair // GROUP
-            head = kv_head * GROUP + pair % GROUP
-            offsets = (token - first_token) * stride_q_token + head * stride_q_head
-            q = gl.load(
-                q_ptr + tile_start * stride_q_token + offsets[:, None] + dim[None, :],
-                mask=(token < q_len)[:, None] & (dim >= 0)[None, :],
-                other=0.0,
+        q_tile.store(q)
+        fence_async_shared()
+        next_work = _work(turn + 1)
+        next_start, next_len, next_kv_len, next_index = _load_entry(
+            schedule_ptr, next_work, num_work, KV_HEADS, ENTRY
+        )
+        first_pair = tile_index * BLOCK_M + half * 64
+        first_token = first_pair // GROUP
+        blocks = _num_blocks(q_len, kv_len, tile_index, GROUP, BLOCK_M, BLOCK_N, CAUSAL)
+        pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
+        position = kv_len - q_len + pair // GROUP
+        row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        acc = gl.zeros([64, DIM], gl.float32, O_LAYOUT)
+        p = gl.zeros([64, BLOCK_N], q_tile.dtype, P_LAYOUT)
+        if blocks > 0:
+            # Blocks from `whole` down are seen by all queries of this half; the ones above need a mask.
+            whole = kv_len // BLOCK_N
+            if CAUSAL:
+                whole = gl.maximum(kv_len - q_len + first_token + 1, 0) // BLOCK_N
+            masked = gl.maximum(blocks - whole, 1)
+            mbarrier.wait(k_ready.index(count % STAGES), (count // STAGES) & 1)
+            zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+            s = warpgroup_mma(
+                q_tile, k_tiles.index(count % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True
             )
-            q_tile.store(q)
-            fence_async_shared()
-
-            pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
-            position = kv_len - q_len + pair // GROUP
-            row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-            row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_LAYOUT))
-            acc = gl.zeros([64, DIM], gl.float32, O_LAYOUT)
-            if blocks > 0:
-                # Blocks from `whole` down are seen by all queries of this half; the ones above need a mask.
-                whole = kv_len // BLOCK_N
-                if CAUSAL:
-                    whole = gl.maximum(kv_len - q_len + first_token + 1, 0) // BLOCK_N
-                masked = gl.maximum(blocks - whole, 1)
-                mbarrier.wait(k_ready.index(count % STAGES), (count // STAGES) & 1)
-                zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-                s = warpgroup_mma(
-                    q_tile, k_tiles.index(count % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True
-                )
-                s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
-                mbarrier.arrive(k_free.index(count % STAGES))
-                new_p, row_max, row_sum, _ = _softmax(
-                    s, row_max, row_sum, position, (blocks - 1) * BLOCK_N, kv_len, scale,
-                    BLOCK_N, CAUSAL, True, S_LAYOUT,
-                )  # fmt: skip
-                p = gl.convert_layout(new_p.to(q_tile.dtype), P_LAYOUT)
-                count += 1
-                acc, row_max, row_sum, p, count = _steps(
-                    acc, row_max, row_sum, p, count, 1, masked, blocks, position, kv_len, scale,
-                    q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                    DIM, BLOCK_N, STAGES, CAUSAL, True, S_LAYOUT, O_LAYOUT,
-                )  # fmt: skip
-                acc, row_max, row_sum, p, count = _steps(
-                    acc, row_max, row_sum, p, count, masked, blocks, blocks, position, kv_len, scale,
-                    q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                    DIM, BLOCK_N, STAGES, CAUSAL, False, S_LAYOUT, O_LAYOUT,
-                )  # fmt: skip
-                before = (count - 1) % STAGES
-                mbarrier.wait(v_ready.index(before), ((count - 1) // STAGES) & 1)
-                acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
-                acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-                mbarrier.arrive(v_free.index(before))
-
-            inverse = gl.convert_layout(
-                v_scale / gl.where(row_sum == 0.0, 1.0, row_sum), gl.SliceLayout(1, O_LAYOUT)
+            s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
+            mbarrier.arrive(k_free.index(count % STAGES))
+            new_p, row_max, row_sum, _ = _softmax(
+                s, row_max, row_sum, position, (blocks - 1) * BLOCK_N, kv_len, scale, BLOCK_N, CAUSAL, True, S_LAYOUT
             )
-            acc = acc * inverse[:, None]
-            pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
-            dim_out = gl.arange(0, DIM, layout=gl.SliceLayout(0, O_LAYOUT))
-            token = pair // GROUP
-            head = kv_head * GROUP + pair % GROUP
-            offsets = (token - first_token) * stride_out_token + head * stride_out_head
-            gl.store(
-                out_ptr + tile_start * stride_out_token + offsets[:, None] + dim_out[None, :],
-                acc.to(out_ptr.dtype.element_ty),
-                mask=(token < q_len)[:, None] & (dim_out >= 0)[None, :],
-            )
+            p = gl.convert_layout(new_p.to(q_tile.dtype), P_LAYOUT)
+            count += 1
+            acc, row_max, row_sum, p, count = _steps(
+                acc, row_max, row_sum, p, count, 1, masked, blocks, position, kv_len, scale,
+                q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+                DIM, BLOCK_N, STAGES, CAUSAL, True, S_LAYOUT, O_LAYOUT,
+            )  # fmt: skip
+            acc, row_max, row_sum, p, count = _steps(
+                acc, row_max, row_sum, p, count, masked, blocks, blocks, position, kv_len, scale,
+                q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+                DIM, BLOCK_N, STAGES, CAUSAL, False, S_LAYOUT, O_LAYOUT,
+            )  # fmt: skip
+        q = _load_queries(
+            q_ptr, stride_q_token, stride_q_head, next_work, half, next_start, next_len, next_index,
+            KV_HEADS, GROUP, DIM, BLOCK_M,
+        )  # fmt: skip
+        if blocks > 0:
+            before = (count - 1) % STAGES
+            mbarrier.wait(v_ready.index(before), ((count - 1) // STAGES) & 1)
+            acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+            mbarrier.arrive(v_free.index(before))
+
+        inverse = gl.convert_layout(v_scale / gl.where(row_sum == 0.0, 1.0, row_sum), gl.SliceLayout(1, O_LAYOUT))
+        acc = acc * inverse[:, None]
+        pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
+        dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+        token = pair // GROUP
+        head = work % KV_HEADS * GROUP + pair % GROUP
+        offsets = (token - first_token) * stride_out_token + head * stride_out_head
+        out_base = out_ptr + (q_start + first_token).to(gl.int64) * stride_out_token
+        gl.store(
+            out_base + offsets[:, None] + dim[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=(token < q_len)[:, None] & (dim >= 0)[None, :],
+        )
+        work, q_start, q_len, kv_len, tile_index = next_work, next_start, next_len, next_kv_len, next_index
 
 
 @gluon.jit(do_not_specialize=["num_work"])

@@ -32,7 +32,7 @@ def reference_attention(
     """Same arguments and meaning as ``prefill_attention``, computed in ``compute_dtype``; writes ``out`` (and ``lse``).
 
     K and V are read as views of the row, cut to the request's length: nothing behind it is touched, and in
-    ``compute_dtype`` nothing is copied.
+    ``compute_dtype`` nothing is copied (but see ``_readable``).
     """
     del max_q_len  # the lengths are read here; the kernels need a bound they can have without reading
     starts = qo_indptr.tolist()
@@ -42,8 +42,8 @@ def reference_attention(
             continue
         _attend_row(
             q[new].to(compute_dtype),
-            k[row, :kv_len].to(compute_dtype),
-            v[row, :kv_len].to(compute_dtype),
+            _readable(k[row, :kv_len].to(compute_dtype)),
+            _readable(v[row, :kv_len].to(compute_dtype)),
             out[new],
             None if lse is None else lse[new],
             sm_scale=sm_scale * k_scale,
@@ -53,6 +53,12 @@ def reference_attention(
             v_scale=v_scale,
             sinks=sinks,
         )
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, on CUDA, of what torch's fused attention misreads there: strides that are not whole 16 bytes."""
+    aligned = all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:2])
+    return tensor if aligned or not tensor.is_cuda else tensor.contiguous()
 
 
 def _attend_row(

@@ -40,6 +40,7 @@ class Pages:
         self._free_backed: OrderedDict[int, int] = OrderedDict()  # page -> epoch at which it was freed
         self._free_unbacked = list(range(num_pages, 0, -1))
         self.fenced: OrderedDict[int, None] = OrderedDict()
+        self._closed = False
         self.fresh: list[int] = []
         """Backed since the last launch: to be zeroed on the forward stream before anything reads them."""
         self.is_free[1:] = True
@@ -186,13 +187,16 @@ class Pages:
         self.is_free[1:] = True
 
     def close(self) -> None:
-        """Unmap and release every page and give back the address range."""
+        """Unmap and release every page and give back the address range. Once done, a second call does nothing."""
+        if self._closed:
+            return
         for page in np.flatnonzero(self._handles).tolist():
             if self.backed[page]:
                 self.driver.unmap(self.home(page), self.layout.page_bytes)
                 self.backed[page] = False
             self._drop_handle(page)
         self.driver.free_reservation(self.home_base, self.home_bytes)
+        self._closed = True
 
     def _back(self, page: int) -> None:
         page_bytes = self.layout.page_bytes

@@ -51,6 +51,7 @@ class Rows:
         self._empty = list(range(num_rows - 1, PADDING_ROW, -1))
         self._duplicates: dict[int, dict[int, int]] = {}  # running row -> position -> fenced page it still reads
         self.num_mappings = 0
+        self._closed = False
         try:
             for position in range(max_pages):
                 self._map(PADDING_ROW, position, PADDING_PAGE)
@@ -210,7 +211,9 @@ class Rows:
         return gone
 
     def close(self) -> None:
-        """Unmap everything, the padding row too, and give back the address range."""
+        """Unmap everything, the padding row too, and give back the address range. Once done, a second does nothing."""
+        if self._closed:
+            return
         for row in range(self.num_rows):
             for position in np.flatnonzero(self.mapped[row, : self._high[row]]).tolist():
                 self._unmap(row, position)
@@ -218,6 +221,7 @@ class Rows:
             self.driver.unmap(self.address(PADDING_ROW, position), self.page_bytes)
             self.num_mappings = position
         self.driver.free_reservation(self.window_base, self.window_bytes)
+        self._closed = True
 
     def _candidates(self, prefix: PageArray) -> list[int]:
         oldest = [row for row in islice(self._parked, MAX_OLDEST) if self._last_epoch[row] <= self.epochs.settled]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,16 @@ from sgl_vtensor.srt.flags import active_config
 from sgl_vtensor.srt.pool import VTensorKVPool
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PageCopy:
+    """The first ``len_tokens`` tokens of one page are to be those of another: one contiguous copy."""
+
+    source: int
+    target: int
+    len_tokens: int
+
 
 MARGIN_BYTES = 512 << 20
 """Device memory that is never planned with: other allocations of this process and its neighbours need some."""
@@ -49,7 +60,10 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pool: VTensorPool | None = None
         self._batch: Any = None
+        self._copied: dict[int, tuple[int, int]] = {}
         self.extending = False
+        self.copies: list[PageCopy] = []
+        """Beginnings of cached pages to copy into requests' own pages, before anything else of the next launch."""
         super().__init__(*args, **kwargs)
         self.free_pages = torch.empty(0, dtype=torch.int64)  # so SGLang's page check asks ``get_all_free_pages``
         self.margin_bytes = MARGIN_BYTES if self._kvcache.pages.driver.name == "cuda" else 0
@@ -112,19 +126,35 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         batch, pool = self._serving_batch(), self.pool
         starts, stops = prefix_lens_cpu.tolist(), seq_lens_cpu.tolist()
         slots = [req.kv.req_pool_idx for req in batch.reqs]
-        opened = []
+        opened: list[int] = []
+        sources: dict[int, tuple[int, int]] = {}  # slot -> (page to copy from, prefix in tokens)
         for req, slot, start, stop in zip(batch.reqs, slots, starts, stops, strict=True):
             if not pool.is_open(slot):
-                pool.open(slot, batch.tree_cache.prefix_pages(req)[: start // self.page_size], stop)
+                pages = batch.tree_cache.prefix_pages(req)
+                if start % self.page_size:
+                    sources[slot] = pages.pop(), start
+                pool.open(slot, pages, stop)
                 opened.append(slot)
         if not self._grow(slots, stops, batch.tree_cache):
             for slot in opened:
                 pool.close(slot)
             return None
+        self._copied = sources
+        for slot, (source, start) in sources.items():
+            target = int(pool.wanted[slot, start // self.page_size])
+            self.copies.append(PageCopy(source, target, start % self.page_size))
         spans = [
             self._slots_of(slot, np.arange(start, stop)) for slot, start, stop in zip(slots, starts, stops, strict=True)
         ]
         return self._to_device(np.concatenate(spans))
+
+    def point_at_copies(self, req_to_token_pool: Any) -> None:
+        """SGLang's table names the pages that are copied from; let it name the requests' own."""
+        for slot, (_, start) in self._copied.items():
+            positions = np.arange(start - start % self.page_size, start)
+            slots = self._to_device(self._slots_of(slot, positions)).to(torch.int32)
+            req_to_token_pool.write((slot, slice(int(positions[0]), start)), slots)
+        self._copied = {}
 
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
@@ -192,6 +222,7 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
 
     def clear(self) -> None:
         self.free_group = None
+        self.copies = []
         if self._pool is not None:
             self._pool.reset()
 

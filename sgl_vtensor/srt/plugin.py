@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Add the flags, the hooks, the attention backend and the radix cache. All of them wait for ``--enable-vtensor``."""
+    """Add flags, hooks, attention backend and radix cache. All of them wait for ``--enable-vtensor``."""
     from sgl_vtensor.srt import backend, compat, flags, prefix
 
     compat.register_hooks()

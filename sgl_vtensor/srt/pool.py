@@ -23,8 +23,8 @@ GIB = 1 << 30
 class VTensorKVPool(MHATokenToKVPool):
     """Slots, buffers and writers are SGLang's; only the memory under them is ours.
 
-    ``k_buffer[layer]`` is ``[size + page_size, kv_heads, head_dim]`` with the token stride as its first stride. SGLang's
-    own writers accept that. A slot may be touched once the allocator has handed out its page.
+    ``k_buffer[layer]`` is ``[size + page_size, kv_heads, head_dim]`` with the token stride as its first stride, which
+    SGLang's own writers accept. A slot may be touched once the allocator has handed out its page.
     """
 
     pages: Pages
@@ -69,8 +69,8 @@ class VTensorKVPool(MHATokenToKVPool):
         layout = self.pages.layout
         self.mem_usage = sum(self.get_kv_size_bytes()) / GIB
         logger.info(
-            "vTensor KV cache: %s driver, up to %d tokens (%.2f GiB), backed as they are used; page %d tokens = %.2f MiB, "
-            "token stride %d B, %.1f%% padding",
+            "vTensor KV cache: %s driver, up to %d tokens (%.2f GiB), backed as they are used; "
+            "page %d tokens = %.2f MiB, token stride %d B, %.1f%% padding",
             self.pages.driver.name,
             num_tokens,
             self.mem_usage,

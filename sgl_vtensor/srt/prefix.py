@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left, insort
 from typing import Any
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.common import coalesce_ranges
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, register_radix_cache_backend
@@ -42,9 +44,82 @@ class VTensorRadixCache(RadixCache):
     """Which prefixes are kept, and for how long, is SGLang's to decide; who owns which page is ours to record.
 
     A page belongs to exactly one of: the free pages, one node, or one request (behind ``cache_protected_len``).
+
+    A hit is counted in tokens, although pages are shared whole: where a request goes on like the beginning of a cached
+    page, those tokens are copied into the request's own page before its launch (``cache_protected_len`` stays at the
+    page's border, ``prefix_len`` is behind it).
     """
 
     token_to_kv_pool_allocator: VTensorAllocator
+
+    def reset(self) -> None:
+        super().reset()
+        # (node, namespace) -> the first pages of its children, sorted: neighbours share the longest beginnings.
+        self._first_pages: dict[tuple[int, str | None, str | None], list[tuple[int, ...]]] = {}
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        result = super().match_prefix(params)
+        key, matched = params.key, result.device_prefix_len
+        if self.disable or matched >= len(key):
+            return result
+        node = result.last_device_node
+        rest = tuple(key.token_ids[matched : min(matched + self.page_size, len(key))])
+        page, shared = self._closest_page(node, key, rest)
+        if not shared:
+            return result
+        child = node.children[
+            RadixKey(array("q", page), key.extra_key, cache_salt=key.cache_salt).child_key(self.page_size)
+        ]
+        if len(child.key) > self.page_size:
+            child = self._split_node(child.key, child, self.page_size)
+        child.last_access_time = node.last_access_time
+        # The request locks the page that it copies from, for as long as it would lock any other prefix.
+        return result._replace(
+            device_prefix_len=matched + shared,
+            last_device_node=child,
+            last_host_node=child,
+            best_match_node=child,
+            cache_protected_len=matched,
+        )
+
+    def _closest_page(self, node: TreeNode, key: RadixKey, rest: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        """The first page of a child that begins most like ``rest``, and how many tokens they share."""
+        pages = self._first_pages.get((node.id, key.extra_key, key.cache_salt), [])
+        at = bisect_left(pages, rest)
+        best: tuple[tuple[int, ...], int] = ((), 0)
+        for page in pages[max(at - 1, 0) : at + 1]:
+            shared = next((i for i, (a, b) in enumerate(zip(page, rest, strict=False)) if a != b), len(rest))
+            if shared > best[1]:
+                best = (page, shared)
+        return best
+
+    def _first_page(self, node: TreeNode) -> tuple[int, ...]:
+        return tuple(node.key.token_ids[: self.page_size])
+
+    def _siblings(self, node: TreeNode) -> list[tuple[int, ...]]:
+        """First pages of the parent's children, of this node's namespace."""
+        return self._first_pages.setdefault((node.parent.id, node.key.extra_key, node.key.cache_salt), [])
+
+    def _insert_helper(self, *args: Any, **kwargs: Any) -> tuple[int, TreeNode]:
+        matched, node = super()._insert_helper(*args, **kwargs)
+        if node is not self.root_node:
+            siblings, page = self._siblings(node), self._first_page(node)
+            at = bisect_left(siblings, page)
+            if at == len(siblings) or siblings[at] != page:
+                insort(siblings, page)
+        return matched, node
+
+    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
+        upper = super()._split_node(key, child, split_len)
+        self._siblings(child).append(self._first_page(child))
+        return upper
+
+    def _delete_leaf(self, node: TreeNode) -> None:
+        siblings = self._siblings(node)
+        siblings.remove(self._first_page(node))
+        if not siblings:
+            del self._first_pages[node.parent.id, node.key.extra_key, node.key.cache_salt]
+        super()._delete_leaf(node)
 
     @property
     def pool(self) -> Any:
@@ -59,10 +134,8 @@ class VTensorRadixCache(RadixCache):
         return [page for run in reversed(runs) for page in run]
 
     def prefix_pages(self, req: Any) -> list[int]:
-        """Page ids of the prefix that a request has been granted."""
-        if req.prefix_len % self.page_size:
-            raise VTensorError(f"a prefix of {req.prefix_len} tokens is not whole pages; please report this")
-        return self.path_pages(req.last_node)[: req.prefix_len // self.page_size]
+        """Page ids of the prefix that a request has been granted; the last is copied from if only in part its."""
+        return self.path_pages(req.last_node)[: -(-req.prefix_len // self.page_size)]
 
     def path_device_indices(self, node: TreeNode) -> torch.Tensor:
         return self._device_slots(self.path_pages(node))
@@ -91,7 +164,7 @@ class VTensorRadixCache(RadixCache):
         req.kv.cache_inserted_len = max(req.kv.cache_inserted_len, len(key))
         self._split_at_prompt(req, token_ids, pages, len(key), priority)
 
-        node = self.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        node = super().match_prefix(MatchPrefixParams(key=key)).last_device_node
         kept = self.path_pages(node)
         if len(kept) != len(pages):
             raise VTensorError(f"the tree kept {len(kept)} of {len(pages)} pages; please report this")

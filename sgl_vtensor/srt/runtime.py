@@ -50,7 +50,9 @@ class Runtime:
         self._unmapped: list[npt.NDArray[np.int64]] = []
         self.can_read_homes = False
         """Whether the attention backend can serve a prefill through the homes, while its rows are not mapped yet."""
-        self._words = pool.pages.tensor().view(torch.int64).view(pool.pages.num_pages + 1, -1)
+        self._bytes = pool.pages.tensor()
+        self._words = self._bytes.view(torch.int64).view(pool.pages.num_pages + 1, -1)
+        self.tokens_copied = 0
 
     # SGLang's auxiliary cache.
 
@@ -85,6 +87,7 @@ class Runtime:
     def begin_launch(self, batch: Any) -> None:
         """On the forward stream, before anything of this launch: device work that page turnover left behind."""
         self.zero_fresh_pages()
+        self._copy_pages()
         self._batch_rows = self.pool.row_of_slot[batch.req_pool_indices_cpu.numpy()]
 
     def end_launch(self) -> None:
@@ -114,6 +117,16 @@ class Runtime:
             indices = indices.pin_memory().to(self.pool.driver.device, non_blocking=True)
         self._words.index_fill_(0, indices, 0)
 
+    def _copy_pages(self) -> None:
+        """Token-granular reuse. On the forward stream, so behind the launch that wrote the source page."""
+        copies, self.allocator.copies = self.allocator.copies, []
+        layout = self.pool.layout
+        for copy in copies:
+            source, target = copy.source * layout.page_bytes, copy.target * layout.page_bytes
+            num_bytes = copy.len_tokens * layout.token_stride_bytes
+            self._bytes[target : target + num_bytes].copy_(self._bytes[source : source + num_bytes])
+            self.tokens_copied += copy.len_tokens
+
     # Figures.
 
     def stats(self, tree_cache: Any) -> dict[str, Any]:
@@ -123,6 +136,7 @@ class Runtime:
         return stats | {
             "driver": self.pool.driver.name,
             "kernel": self.config.kernel,
+            "tokens_copied": self.tokens_copied,
             "page_tokens": layout.page_tokens,
             "token_stride_bytes": layout.token_stride_bytes,
             "page_bytes": layout.page_bytes,
@@ -207,7 +221,9 @@ def alloc_for_extend(original: Callable[..., Any], batch: Any) -> Any:
     if not isinstance(allocator, VTensorAllocator):
         return original(batch)
     with allocator.serving(batch, extending=True):
-        return original(batch)
+        result = original(batch)
+        allocator.point_at_copies(batch.req_to_token_pool)
+        return result
 
 
 def alloc_for_decode(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:

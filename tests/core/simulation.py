@@ -358,7 +358,8 @@ class Server:
         self._evict(lambda: False)
         assert not self.tree.nodes, "locks are left"
         pages = self.pool.pages
-        assert pages.num_available == pages.num_pages and not pages.fenced
+        assert pages.num_available == pages.num_pages, f"{pages.num_in_use} pages are in use by nobody"
+        assert not pages.fenced, f"pages {[*pages.fenced]} are fenced for nobody"
         self.check()
         self.pool.shrink(0)
         assert pages.num_backed == 1, f"{pages.num_backed - 1} free pages could not be released"
@@ -674,6 +675,8 @@ class Server:
             path = self.tree.path(node)
             expected = marks_of([token for step in path for token in step.key])
             pages = np.array([step.page for step in path])
+            backed = self.pool.pages.backed
+            assert backed[pages].all(), f"a path of the tree, pages {pages}, lost its memory"
             slots = (pages[:, None] * size + np.arange(size)).ravel()
             for view in self.home_marks:
                 assert np.array_equal(view[slots], expected), f"a path of the tree, pages {pages}, was overwritten"
@@ -710,7 +713,7 @@ def check_tables(pool: VTensorPool, driver: HostDriver, owned: list[int]) -> Non
         mapping = current.get(rows.address(row, position))
         assert mapping is not None, f"row {row} should map page {page} at {position}"
         assert mapping.allocation is driver._allocations[pages.handle(page)], f"row {row} maps another at {position}"
-        assert row * rows.max_pages + position in rows._mappers[page]
+        assert row * rows.max_pages + position in rows._mappers[page], f"the index lacks row {row} for page {page}"
         num_mapped += 1
     assert sum(map(len, rows._mappers.values())) == num_mapped
     assert rows.num_mappings == num_mapped + rows.max_pages

@@ -273,7 +273,6 @@ def test_the_simulator_catches(mutate: Callable[[Patch], None], checks: bool, mo
     with pytest.raises((AssertionError, VTensorError, KeyError)) as caught:
         for seed in range(MAX_SEEDS):
             simulate(seed, NUM_STEPS, checks=checks)
-    assert "DID NOT RAISE" not in str(caught.value)
     assert any(note.startswith("seed ") for note in caught.value.__notes__)
 
 

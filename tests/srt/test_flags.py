@@ -14,6 +14,7 @@ import pytest
 from server import environment
 from sglang.srt.server_args import ServerArgs
 
+from sgl_vtensor.core.layout import PAGE_TOKENS_CHOICES
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.srt import flags
 
@@ -78,12 +79,16 @@ def test_flags_reach_the_config(resolve: Resolve) -> None:
         "--vtensor-debug",
     )
     assert result["config"] == {"page_tokens": 16, "kernel": "torch", "num_rows": 99, "debug": True}
-    assert (result["page_size"], result["attention_backend"], result["radix_cache_backend"]) == (16, "vtensor", "vtensor")
+    assert (result["page_size"], result["attention_backend"], result["radix_cache_backend"]) == (
+        16,
+        "vtensor",
+        "vtensor",
+    )
 
 
 def test_page_size_is_chosen(resolve: Resolve) -> None:
-    # 512 bytes a token and granules of 4096 bytes.
-    assert resolve("--enable-vtensor")["page_size"] == 8
+    # 512 bytes a token and granules of 4096 bytes: the smallest choice is whole granules already.
+    assert resolve("--enable-vtensor")["page_size"] == PAGE_TOKENS_CHOICES[0]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +178,7 @@ def test_flags_win_over_variables(resolve: Resolve) -> None:
         ["--pp-size=2"],
         ["--speculative-algorithm=NGRAM"],
         ["--enable-two-batch-overlap"],
-        ["--kv-cache-dtype=fp4_e2m1"],
+        ["--kv-cache-dtype=nvfp4"],
         ["--enable-streaming-session"],
         ["--radix-cache-backend=other"],
     ],

@@ -1,0 +1,136 @@
+"""The seam: SGLang has every place that we hook into, as we use it, and a server without a hook does not run."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import pkgutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from server import VTENSOR, environment, launch_command
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sgl_vtensor.errors import ConfigError
+from sgl_vtensor.srt import compat
+
+# What our hooks rely on: the parameters by which SGLang calls each target, and which of them they use.
+PARAMETERS = {
+    "ServerArgs.add_cli_args": ["parser"],
+    "ServerArgs.from_cli_args": ["args"],
+    "CudaSRTPlatform.get_kv_pool_cls": ["self", "kind"],
+    "CudaSRTPlatform.get_paged_allocator_cls": ["self"],
+    "DefaultPoolConfigurator._compute_cell_size": ["self", "kvc", "num_layers"],
+    "ModelRunner.alloc_memory_pool": ["self"],
+    "allocation.alloc_for_extend": ["batch"],
+    "allocation.alloc_for_decode": ["batch"],
+    "TpModelWorker.forward_batch_generation": ["self", "batch"],
+    "Scheduler.on_idle": ["self"],
+    "SchedulerInternalStateController.get_internal_state": ["self"],
+}
+
+
+def short(target: str) -> str:
+    return ".".join(target.split(".")[-2:])
+
+
+def test_every_hook_is_looked_at_here() -> None:
+    assert sorted(short(hook.target) for hook in compat.HOOKS) == sorted(PARAMETERS)
+    assert all(hook.why for hook in compat.HOOKS)
+
+
+@pytest.mark.parametrize("hook", compat.HOOKS, ids=lambda hook: short(hook.target))
+def test_target_takes_what_we_use(hook: compat.Hook) -> None:
+    found = inspect.unwrap(pkgutil.resolve_name(hook.target))
+    parameters = list(inspect.signature(found).parameters)
+    wanted = PARAMETERS[short(hook.target)]
+    if inspect.ismethod(found):
+        parameters.insert(0, "cls")
+        wanted = ["cls", *wanted]
+    assert parameters[: len(wanted)] == wanted
+
+
+def test_installed_sglang_is_accepted() -> None:
+    compat.check_targets()
+
+
+@pytest.mark.parametrize(
+    "target", ["sglang.srt.managers.scheduler.Scheduler.gone", "sglang.srt.nowhere.Thing.method", "nothing.at.all"]
+)
+def test_missing_target_is_named(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    lost = dataclasses.replace(compat.HOOKS[0], target=target)
+    monkeypatch.setattr(compat, "HOOKS", (*compat.HOOKS, lost))
+    with pytest.raises(ConfigError, match=rf"lacks .*{target}; install sglang=="):
+        compat.check_targets()
+
+
+def test_other_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "SUPPORTED", ("0.0.1",))
+    with pytest.raises(ConfigError, match=r"not supported.*install sglang==0\.0\.1"):
+        compat.check_targets()
+
+
+def test_hook_that_was_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = {hook.target for hook in compat.HOOKS}
+    monkeypatch.setattr(HookRegistry, "_patched", targets)
+    compat.check_installed()
+    lost = compat.HOOKS[7].target
+    monkeypatch.setattr(HookRegistry, "_patched", targets - {lost})
+    with pytest.raises(ConfigError, match=lost):
+        compat.check_installed()
+
+
+def test_hooks_register_with_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(HookRegistry, "register", lambda target, hook, kind: seen.update({target: (hook, kind)}))
+    compat.register_hooks()
+    assert seen == {hook.target: (hook.hook, hook.kind) for hook in compat.HOOKS}
+    assert all(isinstance(kind, HookType) for _, kind in seen.values())
+
+
+def test_off_means_stock_classes() -> None:
+    """The hooks are in place in every SGLang process, but without the switch they answer as SGLang would."""
+    from sgl_vtensor.srt.host_platform import HostPlatform
+    from sgl_vtensor.srt.pool import kv_pool_class, padded_cell_size
+
+    platform = HostPlatform()
+    assert platform.get_kv_pool_cls(kind="mha") is None
+    assert platform.get_paged_allocator_cls() is None
+    assert kv_pool_class(lambda platform, *, kind: f"stock {kind}", platform, kind="mha") == "stock mha"
+    assert padded_cell_size(100, None, None, 2) is None
+
+
+# A plugin whose hooks SGLang drops without a word in one process: the launching one, or one of its children.
+_BROKEN = """
+import os
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+apply = HookRegistry._apply_target.__func__
+
+def fail(cls, target, hooks):
+    if target.endswith(os.environ["LOST_HOOK"]):
+        raise RuntimeError("lost on purpose")
+    return apply(cls, target, hooks)
+
+HookRegistry._apply_target = classmethod(fail)
+"""
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("lost", ["Scheduler.on_idle", "ServerArgs.from_cli_args"])
+def test_server_without_a_hook_stops(tiny_llama: Path, tmp_path: Path, lost: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_BROKEN)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        launch_command(tiny_llama, [*VTENSOR, "--max-total-tokens=2048"]),
+        env=environment({"PYTHONPATH": path, "LOST_HOOK": lost}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode != 0
+    assert "fired up" not in done.stdout
+    assert "did not install these hooks" in done.stdout and lost in done.stdout

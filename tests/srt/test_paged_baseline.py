@@ -1,0 +1,24 @@
+"""Another attention backend on vTensor memory: it reads the same pages through their homes, as pages of slots."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import Start, StockAnswers
+from server import PAGE_TOKENS, VTENSOR
+from test_server_outputs import check
+
+pytestmark = pytest.mark.server
+
+
+def test_torch_native_on_our_pool(start: Start, stock: StockAnswers) -> None:
+    flags = ("--attention-backend=torch_native", "--max-total-tokens=1536", f"--chunked-prefill-size={4 * PAGE_TOKENS}")
+    with start(*VTENSOR, *flags) as server:
+        assert "vTensor attention" not in server.log.read_text(errors="replace")
+        check(server, stock.mixed, concurrency=1)
+        check(server, stock.mixed, concurrency=8)
+        check(server, [stock.twin] * 2, concurrency=2)
+        check(server, stock.hungry, concurrency=8)
+        server.flush_cache()
+        check(server, stock.mixed, concurrency=8)
+        assert server.vtensor()["mappings"] > 0
+        server.check_healthy()
