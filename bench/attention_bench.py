@@ -140,9 +140,9 @@ def measure(
     """Check, time and print every implementation on every shape, and append the rows to the CSV."""
     chosen = {name: make for name, make in implementations.items() if not options.impl or name in options.impl}
     rates: dict[str, dict[str, float]] = {name: {} for name in chosen}
-    rows = []
     versions = f"torch {torch.__version__} triton {triton.__version__}"
     for shape in shapes:
+        rows = []
         inputs = Inputs(shape)
         expected: torch.Tensor | None = None
         for name, make in chosen.items():
@@ -167,6 +167,9 @@ def measure(
         if shape is shapes[0]:
             print(f"{rate_name:<44}" + " ".join(f"{name:>18}" for name in chosen))
         print(f"{shape.name:<44}{line}", flush=True)
+        _append(ROOT / "bench" / "results" / f"{bench}.csv", rows)
+        if options.out:
+            _append(options.out / f"{bench}.csv", rows)
 
     first = next(iter(chosen))
     for name in list(chosen)[1:]:
@@ -174,9 +177,6 @@ def measure(
         if both:
             mean = math.exp(statistics.fmean(math.log(ratio) for ratio in both))
             print(f"{first} against {name}: geometric mean {mean:.3f}, least {min(both):.3f}, {len(both)} cases")
-    _append(ROOT / "bench" / "results" / f"{bench}.csv", rows)
-    if options.out:
-        _append(options.out / f"{bench}.csv", rows)
 
 
 def _commit() -> str:

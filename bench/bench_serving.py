@@ -1,7 +1,8 @@
 """Is a server on vTensor memory as fast, and as right, as stock SGLang under one shared-prefix load?
 
-Servers are started in groups and measured in turn (A, B, A, B), each under the generated-shared-prefix load of
-``sglang.bench_serving``, with the same seeds. Before that, first-token logprobs of the same prompts are compared.
+Servers are started in groups and measured in turn (A, B, A, B), each under a load shaped like generated-shared-prefix
+of ``sglang.bench_serving``, with the same seeds. Before that, first-token logprobs of the same prompts are compared.
+A load is run twice by default: cold, and warm with its prefixes cached.
 
     python bench/bench_serving.py --model DIR --group stock-fa3 vtensor-triton --group stock-triton vtensor-auto
 """
@@ -9,57 +10,41 @@ Servers are started in groups and measured in turn (A, B, A, B), each under the 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
-import subprocess
-import sys
+import statistics
 import time
 from pathlib import Path
-from typing import Any
 
+from load import closed_loop, shared_prefix, summarize
 from results import Results
 from servers import Server
 
-METRICS = {
-    "throughput": ("request_throughput", "req/s"),
-    "ttft_mean": ("mean_ttft_ms", "ms"),
-    "ttft_p50": ("median_ttft_ms", "ms"),
-    "ttft_p99": ("p99_ttft_ms", "ms"),
-    "tpot_mean": ("mean_tpot_ms", "ms"),
-    "itl_p99": ("p99_itl_ms", "ms"),
+UNITS = {
+    "throughput": "req/s",
+    "ttft_p50": "ms",
+    "ttft_p99": "ms",
+    "itl_p50": "ms",
+    "itl_p99": "ms",
+    "cached_share": "1",
 }
 PROBE_TOKENS = list(range(100, 1700, 100))
 
 
-def run_load(server: Server, args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
-    """One load on one server; returns what sglang.bench_serving reports."""
-    output = folder / f"{server.name}-{seed}-{time.monotonic_ns()}.jsonl"
-    command = [
-        *(sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--port", str(server.port)),
-        *("--dataset-name", "generated-shared-prefix", "--gsp-num-groups", str(args.groups)),
-        *("--gsp-prompts-per-group", str(args.prompts), "--gsp-system-prompt-len", str(args.prefix)),
-        *("--gsp-question-len", str(args.question), "--gsp-output-len", str(args.output)),
-        *("--tokenizer", args.model, "--max-concurrency", str(args.concurrency), "--seed", str(seed)),
-        *("--output-file", str(output)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    if done.returncode or not output.exists():
-        raise RuntimeError(f"the load on {server.name} failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}")
-    report: dict[str, Any] = json.loads(output.read_text().splitlines()[-1])
-    output.unlink()
-    wanted = args.groups * args.prompts
-    if report["completed"] != wanted:
-        raise RuntimeError(f"{server.name} completed {report['completed']} of {wanted} requests")
-    return report
+def run_load(server: Server, args: argparse.Namespace, seed: int) -> dict[str, float]:
+    """One load on one server."""
+    prompts = shared_prefix(args.groups, args.prompts, args.prefix, args.question, seed)
+    return summarize(*asyncio.run(closed_loop(server.url, prompts, args.output, args.concurrency)))
 
 
 def probe_prompts() -> list[list[int]]:
-    """32 prompts of 1 to 8 192 tokens: alone, sharing prefixes, and long enough to be chunked."""
+    """32 prompts of 1 to 8 100 tokens: alone, sharing prefixes, and long enough to be chunked."""
     draw = random.Random(7)
     tokens = lambda count: [draw.randrange(1000, 40000) for _ in range(count)]  # noqa: E731
     shared = [tokens(4096), tokens(1000), tokens(127)]
-    prompts = [tokens(count) for count in (1, 15, 16, 17, 63, 64, 65, 500, 1023, 2049, 4097, 8192, 8192, 8000)]
-    prompts += [base + tokens(extra) for base in shared for extra in (1, 16, 200, 777, 4000)]
+    prompts = [tokens(count) for count in (1, 15, 16, 17, 63, 64, 65, 500, 1023, 2049, 4097, 8000, 8100, 8100)]
+    prompts += [base + tokens(extra) for base in shared for extra in (1, 16, 200, 777, 3900)]
     prompts += [prompts[11], prompts[14], shared[0]]
     return prompts
 
@@ -94,7 +79,6 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder with the model's config and tokenizer")
     parser.add_argument("--group", nargs="+", action="append", required=True, help="servers that run side by side")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=1, help="repeats of each seed, without a flush")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--prefix", type=int, default=4096)
@@ -110,7 +94,7 @@ def main() -> None:
     case = f"gsp {args.groups}x{args.prompts} prefix {args.prefix} new {args.question} out {args.output}"
     case += f" c{args.concurrency}"
     probes: dict[str, list[list[float]]] = {}
-    table: dict[str, dict[str, list[float]]] = {}
+    table: dict[tuple[str, str], dict[str, list[float]]] = {}
     for group in args.group:
         begin = time.monotonic()
         servers = [
@@ -126,34 +110,31 @@ def main() -> None:
             for server in servers:
                 server.post("/flush_cache", {})
             for seed in args.seeds:
-                for round_number in range(args.rounds):
+                for state in ("cold", "warm"):
                     for server in servers:
-                        report = run_load(server, args, seed, args.out)
-                        figures = table.setdefault(server.name, {})
-                        for metric, (key, _) in METRICS.items():
-                            figures.setdefault(metric, []).append(report[key])
-                        print(
-                            f"  {server.name:28s} seed {seed} round {round_number}: "
-                            + ", ".join(f"{name} {report[key]:.1f}" for name, (key, _) in METRICS.items()),
-                            flush=True,
-                        )
+                        report = run_load(server, args, seed)
+                        figures = table.setdefault((server.name, state), {})
+                        for metric, value in report.items():
+                            figures.setdefault(metric, []).append(value)
+                        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in report.items())
+                        print(f"  {server.name:24s} seed {seed} {state}: {shown}", flush=True)
             for server in servers:
                 print(f"  {server.name}: errors {server.errors()[:3]}, {json.dumps(server.vtensor())}", flush=True)
         finally:
             for server in servers:
                 server.stop()
-    baseline = next(iter(table))
-    for name, figures in table.items():
-        for metric, (_, unit) in METRICS.items():
-            results.add(case, name, metric, unit, figures[metric])
+    baseline = next(iter(probes))
+    for (name, state), figures in table.items():
+        for metric, values in figures.items():
+            results.add(f"{case} {state}", name, metric, UNITS[metric], values)
     for name, difference in compare_probes(probes, baseline).items():
         results.add("first-token logprob, 32 prompts", name, f"max_abs_diff_from_{baseline}", "nat", [difference])
-        print(f"{name:28s} max |logprob - {baseline}'s| = {difference:.4f}")
-    print(f"{'median':28s} " + " ".join(f"{metric:>11s}" for metric in METRICS) + "   throughput ratio")
-    for name, figures in table.items():
-        middle = {metric: sorted(values)[len(values) // 2] for metric, values in figures.items()}
-        ratio = middle["throughput"] / sorted(table[baseline]["throughput"])[len(table[baseline]["throughput"]) // 2]
-        print(f"{name:28s} " + " ".join(f"{middle[metric]:11.1f}" for metric in METRICS) + f"   {ratio:.3f}")
+        print(f"{name:24s} max |logprob - {baseline}'s| = {difference:.4f}")
+    print(f"{'medians':31s} " + " ".join(f"{metric:>12s}" for metric in UNITS) + "   throughput ratio")
+    for (name, state), figures in table.items():
+        middle = {metric: statistics.median(values) for metric, values in figures.items()}
+        ratio = middle["throughput"] / statistics.median(table[baseline, state]["throughput"])
+        print(f"{name:24s} {state:6s} " + " ".join(f"{middle[metric]:12.4g}" for metric in UNITS) + f"   {ratio:.3f}")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def clean(venv: Path) -> None:
             discard(venv)
         print(f"Removed {venv}")
     for other in sorted(CACHE.glob("venv-*/")):
-        print(f"Left alone, made for other dependencies: {other}")
+        print(f"Left alone: {other}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class DecodeWorkspace:
     """
 
     def __init__(
-        self, max_batch: int, q_heads: int, v_head_dim: int, device: torch.device | str, *, waves: int = 4
+        self, max_batch: int, q_heads: int, v_head_dim: int, device: torch.device | str, *, waves: int = 6
     ) -> None:
         self.max_batch = max_batch
         self.q_heads = q_heads
@@ -380,4 +380,4 @@ def choose_config(capability: int, head_dim: int, v_head_dim: int, dtype: torch.
         return DecodeConfig(block_n=32, num_warps=4, num_stages=1 if width > 128 else 2, min_split=256)
     if width > 128:
         return DecodeConfig(block_n=32, num_warps=4, num_stages=2 if capability < 90 else 3, min_split=256)
-    return DecodeConfig(block_n=64, num_warps=4, num_stages=2 if capability < 90 else 3, min_split=256)
+    return DecodeConfig(block_n=64, num_warps=4, num_stages=2 if capability < 90 else 3, min_split=512)

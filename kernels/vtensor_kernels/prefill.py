@@ -324,49 +324,51 @@ def prefill_attention(
         config = choose_config(tile.capability(q.device), head_dim, v_head_dim, q.dtype, max_q_len * group)
     tiles = min(batch * triton.cdiv(max_q_len * group, config.block_m), num_tokens * group // config.block_m + batch)
     splits = min(MAX_SPLITS, tile.processors(q.device) // (tiles * kv_heads))
-    if hopper and config.block_m == 128 and splits <= 1:
-        from vtensor_kernels.prefill_hopper import prefill_hopper  # Gluon, needed here only
-
-        scale, _ = tile.scales(sm_scale, k_scale, 0.0)
-        prefill_hopper(q, k, v, out, rows, qo_indptr, kv_lens, tiles, scale=scale, causal=causal, v_scale=v_scale)
-        return
     target, target_lse = out, lse
     if splits > 1:
         target = torch.empty(splits, num_tokens, q_heads, v_head_dim, dtype=torch.float32, device=q.device)
         target_lse = torch.empty(splits, num_tokens, q_heads, dtype=torch.float32, device=q.device)
 
     scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
-    if use_tma and not tile.INTERPRETING:
-        triton.set_allocator(tile.allocate_scratch)
-    _prefill_kernel[(kv_heads, tiles, max(splits, 1))](
-        q, k, v, target, target_lse, sinks, rows, qo_indptr, kv_lens,
-        batch, num_tokens, scale, cap, sliding_window, v_scale,
-        *q.stride()[:2],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *(target.stride()[:3] if splits > 1 else (0, *out.stride()[:2])),
-        *(target_lse.stride() if splits > 1 else (0, *lse.stride()) if lse is not None else (0, 0, 0)),
-        GROUP=group,
-        DIM=head_dim,
-        V_DIM=v_head_dim,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=tile.block_dim(head_dim),
-        BLOCK_DV=tile.block_dim(v_head_dim),
-        BLOCK_B=tile.block_batch(batch),
-        SORTED=batch <= 128,
-        SPLIT=splits > 1,
-        MIN_SPLIT=MIN_SPLIT_TOKENS,
-        CAUSAL=causal,
-        HAS_CAP=logit_cap > 0,
-        HAS_WINDOW=sliding_window > 0,
-        HAS_SINKS=sinks is not None,
-        HAS_LSE=lse is not None,
-        USE_TMA=use_tma,
-        DOT_DTYPE=tile.dot_dtype(q.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )  # fmt: skip
+    if hopper and config.block_m == 128:
+        from vtensor_kernels.prefill_hopper import prefill_hopper  # Gluon, needed here only
+
+        prefill_hopper(
+            q, k, v, target, target_lse, rows, qo_indptr, kv_lens, tiles, max(splits, 1),
+            scale=scale, causal=causal, v_scale=v_scale, min_split=MIN_SPLIT_TOKENS,
+        )  # fmt: skip
+    else:
+        if use_tma and not tile.INTERPRETING:
+            triton.set_allocator(tile.allocate_scratch)
+        _prefill_kernel[(kv_heads, tiles, max(splits, 1))](
+            q, k, v, target, target_lse, sinks, rows, qo_indptr, kv_lens,
+            batch, num_tokens, scale, cap, sliding_window, v_scale,
+            *q.stride()[:2],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *(target.stride()[:3] if splits > 1 else (0, *out.stride()[:2])),
+            *(target_lse.stride() if splits > 1 else (0, *lse.stride()) if lse is not None else (0, 0, 0)),
+            GROUP=group,
+            DIM=head_dim,
+            V_DIM=v_head_dim,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=tile.block_dim(head_dim),
+            BLOCK_DV=tile.block_dim(v_head_dim),
+            BLOCK_B=tile.block_batch(batch),
+            SORTED=batch <= 128,
+            SPLIT=splits > 1,
+            MIN_SPLIT=MIN_SPLIT_TOKENS,
+            CAUSAL=causal,
+            HAS_CAP=logit_cap > 0,
+            HAS_WINDOW=sliding_window > 0,
+            HAS_SINKS=sinks is not None,
+            HAS_LSE=lse is not None,
+            USE_TMA=use_tma,
+            DOT_DTYPE=tile.dot_dtype(q.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_tokens, q_heads)](
             target, target_lse, out, lse, sinks, qo_indptr[batch:], splits,

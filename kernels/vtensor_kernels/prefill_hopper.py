@@ -59,19 +59,28 @@ def _schedule_kernel(
     tl.store(entry + 1, q_start)
     tl.store(entry + 2, tl.where(found, q_len, 0))
     tl.store(entry + 3, tl.load(kv_lens + request))
-    tl.store(entry + 4, tile_index)
+    tl.store(entry + 4, tl.where(found, tile_index, 0))
 
 
 @gluon.jit
-def _num_blocks(
-    q_len, kv_len, tile_index, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr
+def _blocks(
+    q_len, kv_len, tile_index, split, splits,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
+    MIN_SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """Key blocks of the tile; 0 for an entry without queries."""
+    """Key blocks [low, high) of a piece of work; none for an entry without queries."""
     end = kv_len
     if CAUSAL:
         last = (tile_index * BLOCK_M + BLOCK_M - 1) // GROUP
         end = gl.minimum(kv_len - q_len + last + 1, kv_len)
-    return gl.where(q_len > 0, (gl.maximum(end, 0) + BLOCK_N - 1) // BLOCK_N, 0)
+    high = gl.where(q_len > 0, (gl.maximum(end, 0) + BLOCK_N - 1) // BLOCK_N, 0)
+    low = high * 0
+    if SPLIT:
+        useful = gl.maximum(gl.minimum(splits, (high * BLOCK_N + MIN_SPLIT - 1) // MIN_SPLIT), 1)
+        share = (high + useful - 1) // useful
+        low = gl.minimum(split * share, high)
+        high = gl.minimum(low + share, high)
+    return low, high
 
 
 @gluon.jit
@@ -83,51 +92,93 @@ def _work(turn):
 
 
 @gluon.jit
+def _copy_blocks(
+    k_source, v_source, first, last, high, count, k_token, k_column, v_token, v_column,
+    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy blocks high - 1 - first down to high - last, as stages become free."""
+    for i in range(first, last):
+        stage = count % STAGES
+        free_phase = (count // STAGES + 1) & 1
+        start = (high - 1 - i) * BLOCK_N
+        mbarrier.wait(k_free.index(stage), free_phase)
+        mbarrier.expect(k_ready.index(stage), k_source.block_type.nbytes)
+        _copy(k_source, [k_token + start, k_column], k_ready.index(stage), k_tiles.index(stage))
+        mbarrier.wait(v_free.index(stage), free_phase)
+        mbarrier.expect(v_ready.index(stage), v_source.block_type.nbytes)
+        _copy(v_source, [v_token + start, v_column], v_ready.index(stage), v_tiles.index(stage))
+        count += 1
+    return count
+
+
+@gluon.jit
 def _produce(
-    schedule_ptr, num_work, k_ptr, v_ptr,
+    schedule_ptr, num_work, splits, k_ptr, v_ptr, k_tokens, v_tokens,
     stride_k_row, stride_k_token, stride_k_head, stride_v_row, stride_v_token, stride_v_head,
     k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
+    WHOLE: gl.constexpr, MIN_SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
 ):  # fmt: skip
-    """Copy the key blocks of every tile, last block first, as stages become free."""
+    """Copy the key blocks of every tile, last block first.
+
+    A descriptor takes microseconds to make. Blocks inside a row share one over all rows and heads, made once (WHOLE);
+    a block that reaches the row's end needs one of the exact length: what is behind may be unmapped, and the copy
+    engine stays out of it.
+    """
+    if WHOLE:
+        k_all = tma.make_tensor_descriptor(
+            k_ptr, [k_tokens, (KV_HEADS - 1) * stride_k_head + DIM], [stride_k_token, 1], [BLOCK_N, DIM],
+            k_tiles.layout,
+        )  # fmt: skip
+        v_all = tma.make_tensor_descriptor(
+            v_ptr, [v_tokens, (KV_HEADS - 1) * stride_v_head + DIM], [stride_v_token, 1], [BLOCK_N, DIM],
+            v_tiles.layout,
+        )  # fmt: skip
     count = 0
     for turn in range((num_work + gl.num_programs(0) - 1) // gl.num_programs(0)):
         work = _work(turn)
         if work < num_work:
-            entry = schedule_ptr + work // KV_HEADS * ENTRY
-            blocks = _num_blocks(
-                gl.load(entry + 2), gl.load(entry + 3), gl.load(entry + 4), GROUP, BLOCK_M, BLOCK_N, CAUSAL
-            )
-            if blocks > 0:
+            split = work % splits
+            unit = work // splits
+            entry = schedule_ptr + unit // KV_HEADS * ENTRY
+            kv_len = gl.load(entry + 3)
+            low, high = _blocks(
+                gl.load(entry + 2), kv_len, gl.load(entry + 4), split, splits,
+                GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT,
+            )  # fmt: skip
+            if low < high:
                 row = gl.load(entry).to(gl.int64)
-                kv_len = gl.load(entry + 3)
-                kv_head = (work % KV_HEADS).to(gl.int64)
-                # The descriptors lie in one place for all tiles: no copy through the old ones may be in flight.
-                for any_stage in gl.static_range(STAGES):
-                    uses = (count - any_stage + STAGES - 1) // STAGES
-                    mbarrier.wait(k_ready.index(any_stage), (uses + 1) & 1)
-                    mbarrier.wait(v_ready.index(any_stage), (uses + 1) & 1)
-                # The exact length as shape: what is behind it may be unmapped, and the copy engine stays out of it.
-                k_row = tma.make_tensor_descriptor(
-                    k_ptr + row * stride_k_row + kv_head * stride_k_head,
-                    [kv_len, DIM], [stride_k_token, 1], [BLOCK_N, DIM], k_tiles.layout,
-                )  # fmt: skip
-                v_row = tma.make_tensor_descriptor(
-                    v_ptr + row * stride_v_row + kv_head * stride_v_head,
-                    [kv_len, DIM], [stride_v_token, 1], [BLOCK_N, DIM], v_tiles.layout,
-                )  # fmt: skip
-                for i in range(blocks):
-                    stage = count % STAGES
-                    free_phase = (count // STAGES + 1) & 1
-                    start = (blocks - 1 - i) * BLOCK_N
-                    mbarrier.wait(k_free.index(stage), free_phase)
-                    mbarrier.expect(k_ready.index(stage), k_row.block_type.nbytes)
-                    _copy(k_row, [start, 0], k_ready.index(stage), k_tiles.index(stage))
-                    mbarrier.wait(v_free.index(stage), free_phase)
-                    mbarrier.expect(v_ready.index(stage), v_row.block_type.nbytes)
-                    _copy(v_row, [start, 0], v_ready.index(stage), v_tiles.index(stage))
-                    count += 1
+                kv_head = unit % KV_HEADS
+                blocks = high - low
+                exact = blocks
+                if WHOLE:
+                    exact = gl.where(high * BLOCK_N > kv_len, 1, 0)
+                if exact > 0:
+                    # These descriptors lie in one place for all tiles: no copy through the old ones may be in flight.
+                    for any_stage in gl.static_range(STAGES):
+                        uses = (count - any_stage + STAGES - 1) // STAGES
+                        mbarrier.wait(k_ready.index(any_stage), (uses + 1) & 1)
+                        mbarrier.wait(v_ready.index(any_stage), (uses + 1) & 1)
+                    k_row = tma.make_tensor_descriptor(
+                        k_ptr + row * stride_k_row + kv_head.to(gl.int64) * stride_k_head,
+                        [kv_len, DIM], [stride_k_token, 1], [BLOCK_N, DIM], k_tiles.layout,
+                    )  # fmt: skip
+                    v_row = tma.make_tensor_descriptor(
+                        v_ptr + row * stride_v_row + kv_head.to(gl.int64) * stride_v_head,
+                        [kv_len, DIM], [stride_v_token, 1], [BLOCK_N, DIM], v_tiles.layout,
+                    )  # fmt: skip
+                    count = _copy_blocks(
+                        k_row, v_row, 0, exact, high, count, 0, 0, 0, 0,
+                        k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, STAGES,
+                    )  # fmt: skip
+                if WHOLE:
+                    count = _copy_blocks(
+                        k_all, v_all, exact, blocks, high, count,
+                        (row * (stride_k_row // stride_k_token)).to(gl.int32), kv_head * stride_k_head,
+                        (row * (stride_v_row // stride_v_token)).to(gl.int32), kv_head * stride_v_head,
+                        k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, STAGES,
+                    )  # fmt: skip
 
 
 @gluon.jit
@@ -172,12 +223,12 @@ def _pin(row_sum):
 
 @gluon.jit
 def _steps(
-    acc, row_max, row_sum, p, count, first, last, blocks, position, kv_len, scale,
+    acc, row_max, row_sum, p, count, first, last, high, position, kv_len, scale,
     q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
     DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Blocks [first, last) counted from the end: scores of block i overlap with the values of block i - 1."""
+    """Blocks [first, last) counted down from ``high``: scores of block i overlap with the values of block i - 1."""
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     for i in range(first, last):
         stage = count % STAGES
@@ -189,7 +240,7 @@ def _steps(
         acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
         mbarrier.arrive(k_free.index(stage))
-        start = (blocks - 1 - i) * BLOCK_N
+        start = (high - 1 - i) * BLOCK_N
         new_p, row_max, row_sum, rescale = _softmax(
             s, row_max, row_sum, position, start, kv_len, scale, BLOCK_N, CAUSAL, MASKED, S_LAYOUT
         )
@@ -204,10 +255,10 @@ def _steps(
 
 
 @gluon.jit
-def _load_entry(schedule_ptr, work, num_work, KV_HEADS: gl.constexpr, ENTRY: gl.constexpr):
+def _load_entry(schedule_ptr, work, num_work, splits, KV_HEADS: gl.constexpr, ENTRY: gl.constexpr):
     """(q_start, q_len, kv_len, tile in the request) of a piece of work; q_len is 0 where there is none."""
     inside = work < num_work
-    entry = schedule_ptr + work // KV_HEADS * ENTRY
+    entry = schedule_ptr + work // splits // KV_HEADS * ENTRY
     return (
         gl.load(entry + 1, mask=inside, other=0),
         gl.load(entry + 2, mask=inside, other=0),
@@ -218,8 +269,8 @@ def _load_entry(schedule_ptr, work, num_work, KV_HEADS: gl.constexpr, ENTRY: gl.
 
 @gluon.jit
 def _load_queries(
-    q_ptr, stride_q_token, stride_q_head, work, half, q_start, q_len, tile_index,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    q_ptr, stride_q_token, stride_q_head, kv_head, half, q_start, q_len, tile_index,
+    GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     """This half's 64 pairs of the tile, zeros where there is no query."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
@@ -228,7 +279,7 @@ def _load_queries(
     pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, layout))
     token = pair // GROUP
-    head = work % KV_HEADS * GROUP + pair % GROUP
+    head = kv_head * GROUP + pair % GROUP
     offsets = (token - first_token) * stride_q_token + head * stride_q_head
     base = q_ptr + (q_start + first_token).to(gl.int64) * stride_q_token
     mask = (token < q_len)[:, None] & (dim >= 0)[None, :]
@@ -237,10 +288,11 @@ def _load_queries(
 
 @gluon.jit
 def _consume(
-    half, schedule_ptr, num_work, q_ptr, out_ptr, scale, v_scale,
+    half, schedule_ptr, num_work, splits, q_ptr, out_ptr, lse_ptr, num_tokens, scale, v_scale,
     stride_q_token, stride_q_head, stride_out_token, stride_out_head,
     q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
+    MIN_SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 of each tile's pairs against all of its key blocks.
@@ -252,20 +304,25 @@ def _consume(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     count = 0
     work = _work(0)
-    q_start, q_len, kv_len, tile_index = _load_entry(schedule_ptr, work, num_work, KV_HEADS, ENTRY)
+    q_start, q_len, kv_len, tile_index = _load_entry(schedule_ptr, work, num_work, splits, KV_HEADS, ENTRY)
     q = _load_queries(
-        q_ptr, stride_q_token, stride_q_head, work, half, q_start, q_len, tile_index, KV_HEADS, GROUP, DIM, BLOCK_M
-    )
+        q_ptr, stride_q_token, stride_q_head, work // splits % KV_HEADS, half, q_start, q_len, tile_index,
+        GROUP, DIM, BLOCK_M,
+    )  # fmt: skip
     for turn in range((num_work + gl.num_programs(0) - 1) // gl.num_programs(0)):
         q_tile.store(q)
         fence_async_shared()
         next_work = _work(turn + 1)
         next_start, next_len, next_kv_len, next_index = _load_entry(
-            schedule_ptr, next_work, num_work, KV_HEADS, ENTRY
+            schedule_ptr, next_work, num_work, splits, KV_HEADS, ENTRY
         )
         first_pair = tile_index * BLOCK_M + half * 64
         first_token = first_pair // GROUP
-        blocks = _num_blocks(q_len, kv_len, tile_index, GROUP, BLOCK_M, BLOCK_N, CAUSAL)
+        split = work % splits
+        low, high = _blocks(
+            q_len, kv_len, tile_index, split, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT
+        )
+        blocks = high - low
         pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
         position = kv_len - q_len + pair // GROUP
         row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -277,7 +334,7 @@ def _consume(
             whole = kv_len // BLOCK_N
             if CAUSAL:
                 whole = gl.maximum(kv_len - q_len + first_token + 1, 0) // BLOCK_N
-            masked = gl.maximum(blocks - whole, 1)
+            masked = gl.maximum(high - gl.maximum(whole, low), 1)
             mbarrier.wait(k_ready.index(count % STAGES), (count // STAGES) & 1)
             zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
             s = warpgroup_mma(
@@ -286,23 +343,23 @@ def _consume(
             s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
             mbarrier.arrive(k_free.index(count % STAGES))
             new_p, row_max, row_sum, _ = _softmax(
-                s, row_max, row_sum, position, (blocks - 1) * BLOCK_N, kv_len, scale, BLOCK_N, CAUSAL, True, S_LAYOUT
+                s, row_max, row_sum, position, (high - 1) * BLOCK_N, kv_len, scale, BLOCK_N, CAUSAL, True, S_LAYOUT
             )
             p = gl.convert_layout(new_p.to(q_tile.dtype), P_LAYOUT)
             count += 1
             acc, row_max, row_sum, p, count = _steps(
-                acc, row_max, row_sum, p, count, 1, masked, blocks, position, kv_len, scale,
+                acc, row_max, row_sum, p, count, 1, masked, high, position, kv_len, scale,
                 q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
                 DIM, BLOCK_N, STAGES, CAUSAL, True, S_LAYOUT, O_LAYOUT,
             )  # fmt: skip
             acc, row_max, row_sum, p, count = _steps(
-                acc, row_max, row_sum, p, count, masked, blocks, blocks, position, kv_len, scale,
+                acc, row_max, row_sum, p, count, masked, blocks, high, position, kv_len, scale,
                 q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
                 DIM, BLOCK_N, STAGES, CAUSAL, False, S_LAYOUT, O_LAYOUT,
             )  # fmt: skip
         q = _load_queries(
-            q_ptr, stride_q_token, stride_q_head, next_work, half, next_start, next_len, next_index,
-            KV_HEADS, GROUP, DIM, BLOCK_M,
+            q_ptr, stride_q_token, stride_q_head, next_work // splits % KV_HEADS, half, next_start, next_len,
+            next_index, GROUP, DIM, BLOCK_M,
         )  # fmt: skip
         if blocks > 0:
             before = (count - 1) % STAGES
@@ -316,9 +373,16 @@ def _consume(
         pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
         dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, O_LAYOUT))
         token = pair // GROUP
-        head = work % KV_HEADS * GROUP + pair % GROUP
+        head = work // splits % KV_HEADS * GROUP + pair % GROUP
         offsets = (token - first_token) * stride_out_token + head * stride_out_head
         out_base = out_ptr + (q_start + first_token).to(gl.int64) * stride_out_token
+        if SPLIT:  # partials [splits, num_tokens, q_heads, DIM] and their lse [splits, num_tokens, q_heads]
+            out_base += split.to(gl.int64) * num_tokens * stride_out_token
+            empty = row_sum == 0.0
+            lse = (row_max + gl.log2(gl.where(empty, 1.0, row_sum))) * 0.6931471805599453
+            lse = gl.convert_layout(gl.where(empty, float("-inf"), lse), gl.SliceLayout(1, O_LAYOUT))
+            lse_base = lse_ptr + (split.to(gl.int64) * num_tokens + q_start) * (KV_HEADS * GROUP)
+            gl.store(lse_base + token * (KV_HEADS * GROUP) + head, lse, mask=token < q_len)
         gl.store(
             out_base + offsets[:, None] + dim[None, :],
             acc.to(out_ptr.dtype.element_ty),
@@ -327,14 +391,19 @@ def _consume(
         work, q_start, q_len, kv_len, tile_index = next_work, next_start, next_len, next_kv_len, next_index
 
 
-@gluon.jit(do_not_specialize=["num_work"])
+@gluon.jit(do_not_specialize=["num_work", "splits", "num_tokens", "k_tokens", "v_tokens"])
 def _prefill_hopper_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
+    lse_ptr,
     schedule_ptr,
     num_work,
+    splits,
+    num_tokens,
+    k_tokens,
+    v_tokens,
     scale,
     v_scale,
     stride_q_token,
@@ -351,6 +420,9 @@ def _prefill_hopper_kernel(
     GROUP: gl.constexpr,
     DIM: gl.constexpr,
     CAUSAL: gl.constexpr,
+    SPLIT: gl.constexpr,  # several programs share a tile's keys; out is then fp32 partials
+    WHOLE: gl.constexpr,  # rows and heads lie evenly spaced in one array of tokens
+    MIN_SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -376,22 +448,22 @@ def _prefill_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, schedule_ptr, num_work, q_ptr, out_ptr, scale, v_scale,
+                0, schedule_ptr, num_work, splits, q_ptr, out_ptr, lse_ptr, num_tokens, scale, v_scale,
                 stride_q_token, stride_q_head, stride_out_token, stride_out_head,
                 q_tile_0, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                KV_HEADS, GROUP, DIM, CAUSAL, BLOCK_M, BLOCK_N, STAGES, ENTRY,
+                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, MIN_SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
             )),
             (_consume, (
-                1, schedule_ptr, num_work, q_ptr, out_ptr, scale, v_scale,
+                1, schedule_ptr, num_work, splits, q_ptr, out_ptr, lse_ptr, num_tokens, scale, v_scale,
                 stride_q_token, stride_q_head, stride_out_token, stride_out_head,
                 q_tile_1, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                KV_HEADS, GROUP, DIM, CAUSAL, BLOCK_M, BLOCK_N, STAGES, ENTRY,
+                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, MIN_SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
             )),
             (_produce, (
-                schedule_ptr, num_work, k_ptr, v_ptr,
+                schedule_ptr, num_work, splits, k_ptr, v_ptr, k_tokens, v_tokens,
                 stride_k_row, stride_k_token, stride_k_head, stride_v_row, stride_v_token, stride_v_head,
                 k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                KV_HEADS, GROUP, DIM, CAUSAL, BLOCK_M, BLOCK_N, STAGES, ENTRY,
+                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, WHOLE, MIN_SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
             )),
         ],
         [4, 1],
@@ -404,16 +476,22 @@ def prefill_hopper(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
+    lse: torch.Tensor | None,
     rows: torch.Tensor,
     qo_indptr: torch.Tensor,
     kv_lens: torch.Tensor,
     tiles: int,
+    splits: int,
     *,
     scale: float,
     causal: bool,
     v_scale: float,
+    min_split: int,
 ) -> None:
-    """Launch for checked arguments of ``prefill_attention``; ``tiles`` bounds the tiles of BLOCK_M pairs a kv head."""
+    """Launch for checked arguments of ``prefill_attention``; ``tiles`` bounds the tiles of BLOCK_M pairs a kv head.
+
+    With ``splits`` > 1, ``out`` is the fp32 partials [splits, num_tokens, q_heads, dim] and ``lse`` theirs, contiguous.
+    """
     batch = rows.shape[0]
     kv_heads = k.shape[2]
     group = q.shape[1] // kv_heads
@@ -424,14 +502,26 @@ def prefill_hopper(
         ENTRY=_ENTRY, num_warps=4,
     )  # fmt: skip
     triton.set_allocator(tile.allocate_scratch)
-    num_work = tiles * kv_heads
+    num_work = tiles * kv_heads * splits
+    k_tokens, v_tokens = _tokens_in_all(k), _tokens_in_all(v)
     _prefill_hopper_kernel[(min(num_work, tile.processors(q.device)),)](
-        q, k, v, out, schedule, num_work, scale, v_scale,
+        q, k, v, out, lse, schedule, num_work, splits, q.shape[0], k_tokens, v_tokens, scale, v_scale,
         *q.stride()[:2],
         *k.stride()[:3],
         *v.stride()[:3],
-        *out.stride()[:2],
-        KV_HEADS=kv_heads, GROUP=group, DIM=q.shape[2], CAUSAL=causal,
+        *out.stride()[-3:-1],
+        KV_HEADS=kv_heads, GROUP=group, DIM=q.shape[2], CAUSAL=causal, SPLIT=splits > 1,
+        WHOLE=k_tokens > 0 and v_tokens > 0, MIN_SPLIT=min_split,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, ENTRY=_ENTRY,
         num_warps=4, maxnreg=168,
     )  # fmt: skip
+
+
+def _tokens_in_all(view: torch.Tensor) -> int:
+    """Tokens from the first row's start to the last row's end, if one 2-D descriptor can span them all; else 0."""
+    rows, tokens, heads, dim = view.shape
+    row, token, head = view.stride()[:3]
+    if row % token or (heads - 1) * head + dim > token:
+        return 0
+    spanned = (rows - 1) * (row // token) + tokens
+    return spanned if spanned < 2**31 else 0

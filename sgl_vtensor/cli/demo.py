@@ -60,11 +60,11 @@ def run(options: argparse.Namespace, command: Sequence[str] | None = None) -> in
             try:
                 wait_until_ready(console, server, f"http://{HOST}:{port}")
                 _talk(Chat(console, f"http://{HOST}:{port}", options.max_tokens))
-                console.print("Stopping the server ...")
             except (openai.APIError, httpx.TransportError, urllib.error.URLError) as error:
                 raise server.failed(f"SGLang broke off ({error})") from error
+            finally:
+                console.print("\nStopping the server ...")
     except KeyboardInterrupt:
-        console.print("\nStopped.")
         return 130
     return 0
 
@@ -231,7 +231,7 @@ def _talk(chat: Chat) -> None:
         while True:
             try:
                 question = input("\nyou> ").strip()
-            except EOFError:
+            except (EOFError, KeyboardInterrupt):
                 return
             if not question:
                 return

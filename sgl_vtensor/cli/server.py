@@ -65,8 +65,9 @@ class Server:
     def last_lines(self, count: int) -> list[str]:
         """The end of the log, without empty lines."""
         with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - 400 * count))
-            lines = file.read().decode(errors="replace").splitlines()
+            start = max(0, self.log.stat().st_size - 400 * count)
+            file.seek(start)
+            lines = file.read().decode(errors="replace").splitlines()[start > 0 :]  # the first may lack its beginning
         return [line for line in lines if line.strip()][-count:]
 
     def stop(self) -> None:

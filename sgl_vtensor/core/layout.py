@@ -84,12 +84,14 @@ def plan_layout(
     itemsize: int,
     granule_bytes: int,
     page_tokens: int | None = None,
+    min_page_tokens: int = PAGE_TOKENS_CHOICES[0],
     max_waste: float = DEFAULT_MAX_WASTE,
 ) -> KVLayout:
     """Choose the page size and the padding of a token.
 
-    Without ``page_tokens`` the smallest of ``PAGE_TOKENS_CHOICES`` whose padding wastes at most ``max_waste`` of the
-    memory is taken (small pages share finely), or, where none does, the one that wastes least.
+    Without ``page_tokens`` the smallest of ``PAGE_TOKENS_CHOICES``, from ``min_page_tokens``, whose padding wastes at
+    most ``max_waste`` of the memory is taken, or, where none does, the one that wastes least. Small pages share finely
+    and leave less of a request's last page empty; each mapping costs the driver the same, whatever its size.
 
     Raises:
         ConfigError: a size is not positive, or a layer's K or V cannot be aligned to 16 bytes.
@@ -123,7 +125,7 @@ def plan_layout(
 
     if page_tokens is not None:
         return layout(page_tokens)
-    candidates = [layout(tokens) for tokens in PAGE_TOKENS_CHOICES]
+    candidates = [layout(tokens) for tokens in PAGE_TOKENS_CHOICES if tokens >= min_page_tokens]
     frugal = [candidate for candidate in candidates if candidate.waste <= max_waste]
     return frugal[0] if frugal else min(candidates, key=lambda candidate: candidate.waste)
 

@@ -42,9 +42,7 @@ def small_pool(
     limit_pages: int | None = None,
 ) -> VTensorPool:
     pages = Pages(driver, small_layout(driver), num_pages, limit_pages=limit_pages)
-    return VTensorPool(
-        pages, num_slots=num_slots, max_len_tokens=max_len, num_rows=num_rows, max_mappings=max_mappings
-    )
+    return VTensorPool(pages, num_slots=num_slots, max_len_tokens=max_len, num_rows=num_rows, max_mappings=max_mappings)
 
 
 @pytest.fixture

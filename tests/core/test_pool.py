@@ -166,7 +166,9 @@ def test_launches_without_fences_are_over_at_once(pool: VTensorPool) -> None:
 @pytest.mark.parametrize(
     ("limit", "capacity_pages", "creatable"), [(16, 64, 14), (5, 64, 3), (16, 8, 5), (1, 64, 0), (16, 1, 0)]
 )
-def test_creatable_pages(driver: HostDriver, make_pool: MakePool, limit: int, capacity_pages: int, creatable: int) -> None:
+def test_creatable_pages(
+    driver: HostDriver, make_pool: MakePool, limit: int, capacity_pages: int, creatable: int
+) -> None:
     """What the limit, the device and the pool's size leave: two pages and the padding page are backed."""
     pool = make_pool()
     assert pool.secure(2)

@@ -1,4 +1,4 @@
-"""Any order of calls that the pool allows, against a model of dicts, with real bytes: hypothesis looks for the worst."""
+"""Any order of calls that the pool allows, against a model of dicts, with real bytes: hypothesis seeks the worst."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.core.rows import Rows
 from sgl_vtensor.vmm.host import HostDriver
 from tests.core.conftest import PAGE_TOKENS, ManualFence, read_tokens, small_pool, write_tokens
 from tests.core.simulation import check_tables
@@ -21,7 +29,7 @@ slots = st.integers(1, SLOTS)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model: what each open slot's tokens are, which pages it owns, and which pages a tree has, with their tokens."""
+    """The model: what each open slot's tokens are, how many of its pages are the tree's, and what those hold."""
 
     @initialize(num_pages=st.integers(4, 16), spare_rows=st.integers(0, 3), limited=st.booleans())
     def begin(self, num_pages: int, spare_rows: int, limited: bool) -> None:
@@ -182,6 +190,15 @@ def run(**profile: Any) -> None:
 def test_any_order_of_calls() -> None:
     """120 stories of up to 40 calls, the same ones each time."""
     run(max_examples=120, stateful_step_count=40, derandomize=True, database=None)
+
+
+def test_the_machine_notices_a_page_handed_out_while_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Duplicates that are not fenced: a row shows another request's tokens."""
+    monkeypatch.setattr(
+        Rows, "keep_duplicate", lambda self, row, position, page: self.pages.free([page], self.epochs.launched)
+    )
+    with pytest.raises(AssertionError):
+        run(max_examples=200, stateful_step_count=40, derandomize=True, database=None, phases=[Phase.generate])
 
 
 @pytest.mark.deep

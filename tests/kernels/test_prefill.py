@@ -146,6 +146,40 @@ def test_hopper_kernel(
     assert launches, "the case is meant for the Hopper kernel"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("even", [True, False])
+def test_hopper_kernel_splits_and_uneven_rows(even: bool, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tiles on long rows; and rows whose stride is no multiple of a token's, so that no one descriptor spans them."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    from vtensor_kernels import prefill_hopper
+
+    launches = []
+    monkeypatch.setattr(
+        prefill_hopper, "_prefill_hopper_kernel", _Recorder(prefill_hopper._prefill_hopper_kernel, launches)
+    )
+    monkeypatch.setattr(prefill, "MIN_SPLIT_TOKENS", 256)
+    device = torch.device("cuda")
+    case = make_case(
+        device, [130, 5, 0, 64], [2000, 3001, 7, 64], q_heads=16, kv_heads=8, head_dim=128, dtype=torch.bfloat16,
+        causal=causal,
+    )  # fmt: skip
+    if not even:
+        rows, tokens, heads, dim = case.k.shape
+        row_elements = tokens * heads * dim + 8
+        for name in ("k", "v"):
+            memory = torch.full((rows * row_elements,), float("nan"), dtype=case.k.dtype, device=device)
+            view = memory.as_strided((rows, tokens, heads, dim), (row_elements, heads * dim, dim, 1))
+            view.copy_(getattr(case, name))
+            setattr(case, name, view)
+    assert (prefill_hopper._tokens_in_all(case.k) > 0) == even
+    combined = []
+    monkeypatch.setattr(prefill, "_combine_kernel", _Recorder(prefill._combine_kernel, combined))
+    check(case)
+    assert launches and combined, "the case is meant for the split path of the Hopper kernel"
+
+
 class _Recorder:
     """Stands for a kernel and notes its launches."""
 

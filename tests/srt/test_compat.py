@@ -16,6 +16,9 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.srt import compat
 
+# Importing SGLang's modules brings a page of other packages' deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
 # What our hooks rely on: the parameters by which SGLang calls each target, and which of them they use.
 PARAMETERS = {
     "ServerArgs.add_cli_args": ["parser"],
@@ -27,6 +30,7 @@ PARAMETERS = {
     "allocation.alloc_for_extend": ["batch"],
     "allocation.alloc_for_decode": ["batch"],
     "TpModelWorker.forward_batch_generation": ["self", "batch"],
+    "TpModelWorker.forward_batch_embedding": ["self", "batch"],
     "Scheduler.on_idle": ["self"],
     "SchedulerInternalStateController.get_internal_state": ["self"],
 }
