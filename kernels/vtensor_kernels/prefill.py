@@ -378,7 +378,7 @@ def prefill_attention(
             *(lse.stride() if lse is not None else (0, 0)),
             V_DIM=v_head_dim,
             BLOCK_DV=tile.block_dim(v_head_dim),
-            BLOCK_S=MAX_SPLITS,
+            BLOCK_S=triton.next_power_of_2(splits),
             HAS_SINKS=sinks is not None,
             HAS_LSE=lse is not None,
             num_warps=4,

@@ -43,6 +43,8 @@ class Pages:
         self._closed = False
         self.fresh: list[int] = []
         """Backed since the last launch: to be zeroed on the forward stream before anything reads them."""
+        self.freed: list[int] | None = None
+        """Set to a list to be told which pages were freed (debug mode)."""
         self.is_free[1:] = True
         try:
             self._back(PADDING_PAGE)
@@ -134,6 +136,8 @@ class Pages:
                 raise VTensorError(f"page {page} is freed twice, or was never handed out; please report this")
             self.is_free[page] = True
             self._free_backed[page] = epoch
+            if self.freed is not None:
+                self.freed.append(page)
 
     def fence(self, page: int) -> None:
         """Free a page in the books only: a running row still reads it."""
@@ -146,6 +150,8 @@ class Pages:
         """The row that read the duplicate is done with it, or maps another page there."""
         del self.fenced[page]
         self._free_backed[page] = epoch
+        if self.freed is not None:
+            self.freed.append(page)
 
     def releasable(self, keep_pages: int, settled_epoch: int) -> list[int]:
         """Free backed pages beyond ``keep_pages`` that no launch can read any more, the longest free first."""

@@ -189,14 +189,18 @@ class VTensorRadixCache(RadixCache):
             pages = self.pool.pages_of(kv.req_pool_idx, start // self.page_size, -(-stop // self.page_size))
             self.pool.free(pages)
 
-    def all_values_flatten(self) -> torch.Tensor:
+    def all_pages(self) -> list[int]:
+        """Every page that the tree owns."""
         pages: list[int] = []
         stack = list(self.root_node.children.values())
         while stack:
             node = stack.pop()
             pages.extend(node.value.pages)
             stack.extend(node.children.values())
-        return self._device_slots(pages)
+        return pages
+
+    def all_values_flatten(self) -> torch.Tensor:
+        return self._device_slots(self.all_pages())
 
     def _key_of(self, req: Any, token_ids: Any) -> RadixKey:
         key = RadixKey(token_ids, req.extra_key, is_bigram=False, cache_salt=req.cache_salt)

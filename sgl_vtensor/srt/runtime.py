@@ -16,6 +16,7 @@ from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.srt.allocator import VTensorAllocator
+from sgl_vtensor.srt.debug import DebugChecker
 from sgl_vtensor.srt.flags import active_config
 from sgl_vtensor.srt.pool import VTensorKVPool
 
@@ -51,8 +52,9 @@ class Runtime:
         self.can_read_homes = False
         """Whether the attention backend can serve a prefill through the homes, while its rows are not mapped yet."""
         self._bytes = pool.pages.tensor()
-        self._words = self._bytes.view(torch.int64).view(pool.pages.num_pages + 1, -1)
+        self.words = self._bytes.view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
+        self._checker = DebugChecker(self) if config.debug else None
 
     # SGLang's auxiliary cache.
 
@@ -86,8 +88,12 @@ class Runtime:
 
     def begin_launch(self, batch: Any) -> None:
         """On the forward stream, before anything of this launch: device work that page turnover left behind."""
+        if self._checker is not None:
+            self._checker.poison_freed(self.words)
         self.zero_fresh_pages()
         self._copy_pages()
+        if self._checker is not None:
+            self._checker.check(batch)
         self._batch_rows = self.pool.row_of_slot[batch.req_pool_indices_cpu.numpy()]
 
     def end_launch(self) -> None:
@@ -115,7 +121,7 @@ class Runtime:
         indices = torch.tensor(fresh, dtype=torch.int64)
         if self._on_cuda:
             indices = indices.pin_memory().to(self.pool.driver.device, non_blocking=True)
-        self._words.index_fill_(0, indices, 0)
+        self.words.index_fill_(0, indices, 0)
 
     def _copy_pages(self) -> None:
         """Token-granular reuse. On the forward stream, so behind the launch that wrote the source page."""

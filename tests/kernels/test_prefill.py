@@ -150,7 +150,7 @@ def test_hopper_kernel(
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("even", [True, False])
 def test_hopper_kernel_splits_and_uneven_rows(even: bool, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few tiles on long rows; and rows whose stride is no multiple of a token's, so that no one descriptor spans them."""
+    """Few tiles on long rows; and rows whose stride is no multiple of a token's: no one descriptor spans those."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs sm_90")
     from vtensor_kernels import prefill_hopper
