@@ -123,10 +123,12 @@ def main() -> None:
         finally:
             for server in servers:
                 server.stop()
+        # Recorded group by group: a run that is cut off keeps what it has measured.
+        for (name, state), figures in table.items():
+            if name in group:
+                for metric, values in figures.items():
+                    results.add(f"{case} {state}", name, metric, UNITS[metric], values)
     baseline = next(iter(probes))
-    for (name, state), figures in table.items():
-        for metric, values in figures.items():
-            results.add(f"{case} {state}", name, metric, UNITS[metric], values)
     for name, difference in compare_probes(probes, baseline).items():
         results.add("first-token logprob, 32 prompts", name, f"max_abs_diff_from_{baseline}", "nat", [difference])
         print(f"{name:24s} max |logprob - {baseline}'s| = {difference:.4f}")

@@ -41,7 +41,7 @@ class Server:
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [*command, *CONFIGS[base], *flags, *extra],
+                [*command, *CONFIGS[base], *extra, *flags],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -319,9 +319,7 @@ def _consume(
         first_pair = tile_index * BLOCK_M + half * 64
         first_token = first_pair // GROUP
         split = work % splits
-        low, high = _blocks(
-            q_len, kv_len, tile_index, split, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT
-        )
+        low, high = _blocks(q_len, kv_len, tile_index, split, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT)
         blocks = high - low
         pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
         position = kv_len - q_len + pair // GROUP

@@ -91,9 +91,7 @@ def _attend_row(
     if plain:
         square = causal and sliding_window <= 0 and q_len == kv_len
         mask = None if square else _visible(0, q_len, q_len, kv_len, causal, sliding_window, q.device)
-        result = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=square, scale=sm_scale
-        )
+        result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=square, scale=sm_scale)
         out_heads.copy_(result if v_scale == 1.0 else result * v_scale)
         return
 

@@ -173,7 +173,7 @@ def find_tile(
 @functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; a small number for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @functools.cache

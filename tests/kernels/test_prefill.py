@@ -120,9 +120,7 @@ def test_few_queries_on_a_long_prefix_are_split(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"k_scale": 0.5, "v_scale": 2.0}], ids=str)
-@pytest.mark.parametrize(
-    ("q_heads", "kv_heads", "head_dim"), [(16, 8, 64), (32, 8, 128), (8, 8, 128), (24, 8, 64)]
-)
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(16, 8, 64), (32, 8, 128), (8, 8, 128), (24, 8, 64)])
 def test_hopper_kernel(
     q_heads: int, kv_heads: int, head_dim: int, options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

