@@ -147,6 +147,15 @@ class VTensorPool:
             changes += int(np.count_nonzero(self.rows.mapped[self.row_of_slot[slot], span] != self.wanted[slot, span]))
         return changes
 
+    def is_synced(self, slots: npt.ArrayLike) -> bool:
+        """Whether the rows of these requests show all pages that they have."""
+        return not self._behind(slots)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are running."""
+        return int(np.count_nonzero(self.row_of_slot))
+
     def _behind(self, slots: npt.ArrayLike) -> list[int]:
         """The requests among these whose rows may lack pages."""
         asked = np.asarray(slots, dtype=np.int64)

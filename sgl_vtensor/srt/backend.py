@@ -23,12 +23,9 @@ from vtensor_kernels import DecodeWorkspace, decode_attention, prefill_attention
 
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.srt.flags import NAME
-from sgl_vtensor.srt.runtime import Runtime, runtime_of
+from sgl_vtensor.srt.runtime import MAX_VIEWS, Runtime, runtime_of
 
 logger = logging.getLogger(__name__)
-
-MAX_VIEW_LAUNCHES = 8
-"""FlashAttention-3 on views is one launch a request; a larger batch goes through the homes in one launch."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +85,8 @@ class VTensorAttnBackend(AttentionBackend):
         # kernel over views, or faster. Where it is absent our own kernel decodes.
         self._decode_reads_homes = self._paged is not None
         runtime.can_read_homes = self._paged is not None
-        logger.info(
-            "vTensor attention: kernel %s, FlashAttention-3 %s", self.kernel, "found" if self._fa3 else "absent"
-        )
+        fa3 = "in use" if self._fa3 is not None else "not used"
+        logger.info("vTensor attention: kernel %s, FlashAttention-3 %s", self.kernel, fa3)
 
     def _choose_kernel(self, asked: str) -> str:
         if self.device.type == "cpu":
@@ -143,7 +139,7 @@ class VTensorAttnBackend(AttentionBackend):
         if forward_batch.forward_mode.is_decode_or_idle():
             self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=self._decode_reads_homes)
             return self._decode_reads_homes
-        if self._paged is not None and (self.runtime.launch_reads_homes or batch_size > MAX_VIEW_LAUNCHES):
+        if self._paged is not None and (self.runtime.launch_reads_homes or batch_size > MAX_VIEWS):
             self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=True)
             return True
         q_lens = [int(length) for length in forward_batch.extend_seq_lens_cpu]

@@ -28,8 +28,10 @@ HOST_SPARE_MAPPINGS = 8192
 """Linux mappings left to the process for its own libraries and threads."""
 
 
+MAX_VIEWS = 8
+"""Requests that FlashAttention-3 reads through views, one launch each; a larger batch is read at its homes in one."""
 MAX_MAPPINGS_AHEAD = 8
-"""Mappings that a prefill waits for; where it lacks more, it reads the homes."""
+"""Mappings that a prefill waits for; where its rows lack more, it is read at its homes."""
 
 
 class Runtime:
@@ -48,9 +50,10 @@ class Runtime:
         self.dense_capacity = dense_capacity
         self._on_cuda = pool.driver.device.type == "cuda"
         self._batch_rows: npt.NDArray[np.int32] | None = None
-        self._unmapped: list[npt.NDArray[np.int64]] = []
         self.can_read_homes = False
-        """Whether the attention backend can serve a prefill through the homes, while its rows are not mapped yet."""
+        """Whether the attention backend can also read pages at their homes; it then decodes there."""
+        self.launch_reads_homes = False
+        """Whether the batch that is being launched does."""
         self._bytes = pool.pages.tensor()
         self.words = self._bytes.view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
@@ -59,21 +62,18 @@ class Runtime:
     # SGLang's auxiliary cache.
 
     def alloc_to_lengths(self, *, req_pool_indices_cpu: torch.Tensor, target_seq_lens_cpu: torch.Tensor) -> None:
-        """SGLang has written its table and launches next: map what the rows lack.
+        """SGLang has written its table and launches next: map what the rows lack, if this launch reads rows.
 
         A driver call takes tens of microseconds, and a long prefix that no parked row shows takes hundreds of them. A
-        prefill need not wait for that: it can read the pages at their homes, and the rows are mapped while it runs.
+        backend that can read pages at their homes waits for none of that; rows are mapped while the GPU computes.
         """
         slots = req_pool_indices_cpu.numpy()
-        if self.can_read_homes and self.allocator.extending and self.pool.count_changes(slots) > MAX_MAPPINGS_AHEAD:
-            self._unmapped.append(slots)
-        else:
+        if not self.can_read_homes or (
+            self.allocator.extending
+            and len(slots) <= MAX_VIEWS
+            and self.pool.count_changes(slots) <= MAX_MAPPINGS_AHEAD
+        ):
             self.pool.ensure(slots)
-
-    @property
-    def launch_reads_homes(self) -> bool:
-        """Whether rows of the batch that is being launched lack pages."""
-        return bool(self._unmapped)
 
     def free(self, slot: int) -> None:
         self.pool.close(slot)
@@ -88,26 +88,35 @@ class Runtime:
 
     def begin_launch(self, batch: Any) -> None:
         """On the forward stream, before anything of this launch: device work that page turnover left behind."""
+        slots = batch.req_pool_indices_cpu.numpy()
+        self.launch_reads_homes = self.can_read_homes and (len(slots) > MAX_VIEWS or not self.pool.is_synced(slots))
         if self._checker is not None:
             self._checker.poison_freed(self.words)
         self.zero_fresh_pages()
         self._copy_pages()
         if self._checker is not None:
             self._checker.check(batch)
-        self._batch_rows = self.pool.row_of_slot[batch.req_pool_indices_cpu.numpy()]
+        self._batch_rows = self.pool.row_of_slot[slots]
 
-    def end_launch(self) -> None:
-        """On the forward stream, behind the launch. Mapping goes on while the GPU computes."""
+    def end_launch(self, batch: Any) -> None:
+        """On the forward stream, behind the launch. Rows that will be worth it are mapped while the GPU computes."""
         self._batch_rows = None
+        self.launch_reads_homes = False
         if self._on_cuda:
             event = torch.cuda.Event()
             event.record()
             self.pool.launch(event)
         else:
             self.pool.launch(None)
-        for slots in self._unmapped:
-            self.pool.ensure(slots)
-        self._unmapped.clear()
+        if self.can_read_homes:
+            self._map_ahead(batch)
+
+    def _map_ahead(self, batch: Any) -> None:
+        """Map the row of a prefill that goes on, and all rows while few requests run: the CPU has the time then."""
+        if self.pool.num_open <= MAX_VIEWS:
+            self.pool.ensure(batch.req_pool_indices_cpu.numpy())
+        elif batch.chunked_req is not None and batch.chunked_req.kv.holds_kv:
+            self.pool.ensure([batch.chunked_req.kv.req_pool_idx])
 
     def rows_of_launch(self) -> npt.NDArray[np.int32] | None:
         """Rows of the batch that is being launched; None in dummy and capture runs, which use the padding row."""
@@ -250,7 +259,7 @@ def forward_batch(original: Callable[..., Any], worker: Any, batch: Any, *args: 
     try:
         return original(worker, batch, *args, **kwargs)
     finally:
-        runtime.end_launch()
+        runtime.end_launch(batch)
 
 
 def on_idle(scheduler: Any) -> None:
