@@ -74,32 +74,37 @@ class VTensorAttnBackend(AttentionBackend):
         self.kernel = self._choose_kernel(runtime.config.kernel)
         self._workspace = (
             DecodeWorkspace(self._max_batch, num_q_heads, self.token_to_kv_pool.v_head_dim, self.device)
-            if self.kernel in ("auto", "triton")
+            if self.kernel in ("auto", "triton") and self.device.type == "cuda"
             else None
         )
-        self._fa3 = _load_fa3() if self.kernel in ("auto", "fa3") else None
+        self._fa3 = _load_fa3() if self.kernel in ("auto", "fa3") and self.device.type == "cuda" else None
         if self.kernel == "fa3" and self._fa3 is None:
             raise ConfigError("--vtensor-kernel fa3 needs FlashAttention-3 on a Hopper GPU; use --vtensor-kernel auto")
-        self._paged = self._make_paged(runner) if self._fa3 is not None else None
+        self._paged = self._make_paged(runner)
         # Measured on an H100 (bench/results/decode.csv): stock FlashAttention-3 over the homes decodes as fast as any
         # kernel over views, or faster. Where it is absent our own kernel decodes.
-        self._decode_reads_homes = self._paged is not None
+        self._decode_reads_homes = self._fa3 is not None
         runtime.can_read_homes = self._paged is not None
+        runtime.decode_reads_homes = self._decode_reads_homes
         fa3 = "in use" if self._fa3 is not None else "not used"
         logger.info("vTensor attention: kernel %s, FlashAttention-3 %s", self.kernel, fa3)
 
     def _choose_kernel(self, asked: str) -> str:
-        if self.device.type == "cpu":
-            if asked in ("triton", "fa3"):
-                raise ConfigError(f"--vtensor-kernel {asked} needs a GPU; use --vtensor-kernel auto or torch")
-            return "torch"
+        if self.device.type == "cpu" and asked in ("triton", "fa3"):
+            raise ConfigError(f"--vtensor-kernel {asked} needs a GPU; use --vtensor-kernel auto or torch")
         return asked
 
-    def _make_paged(self, runner: Any) -> AttentionBackend:
-        """Stock FlashAttention-3, paged through the homes: for what a view does not serve as well, or not yet."""
-        from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+    def _make_paged(self, runner: Any) -> AttentionBackend | None:
+        """A stock backend, paged through the homes: for what a view does not serve as well, or not yet."""
+        if self._fa3 is not None:
+            from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
-        return FlashAttentionBackend(runner)
+            return FlashAttentionBackend(runner)
+        if self.device.type == "cpu" and self.kernel == "auto":
+            from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+            return TorchNativeAttnBackend(runner)
+        return None
 
     # Metadata.
 
@@ -190,7 +195,7 @@ class VTensorAttnBackend(AttentionBackend):
         if self._takes_fa3(layer, options):
             self._extend_fa3(queries, out, layer, metadata, options)
         else:
-            attend = reference_attention if self.kernel == "torch" else prefill_attention
+            attend = prefill_attention if self._workspace is not None else reference_attention
             keys, values = self._views[layer.layer_id]
             assert metadata.qo_indptr is not None
             attend(

@@ -51,7 +51,9 @@ class Runtime:
         self._on_cuda = pool.driver.device.type == "cuda"
         self._batch_rows: npt.NDArray[np.int32] | None = None
         self.can_read_homes = False
-        """Whether the attention backend can also read pages at their homes; it then decodes there."""
+        """Whether the attention backend can also read pages at their homes."""
+        self.decode_reads_homes = False
+        """Whether it always decodes there."""
         self.launch_reads_homes = False
         """Whether the batch that is being launched does."""
         self._bytes = pool.pages.tensor()
@@ -68,11 +70,13 @@ class Runtime:
         backend that can read pages at their homes waits for none of that; rows are mapped while the GPU computes.
         """
         slots = req_pool_indices_cpu.numpy()
-        if not self.can_read_homes or (
-            self.allocator.extending
-            and len(slots) <= MAX_VIEWS
-            and self.pool.count_changes(slots) <= MAX_MAPPINGS_AHEAD
-        ):
+        if not self.can_read_homes:
+            reads_rows = True
+        elif self.allocator.extending:
+            reads_rows = len(slots) <= MAX_VIEWS and self.pool.count_changes(slots) <= MAX_MAPPINGS_AHEAD
+        else:
+            reads_rows = not self.decode_reads_homes
+        if reads_rows:
             self.pool.ensure(slots)
 
     def free(self, slot: int) -> None:
