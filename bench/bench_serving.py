@@ -65,13 +65,10 @@ def probe(server: Server) -> list[list[float]]:
     return answers
 
 
-def compare_probes(probes: dict[str, list[list[float]]], baseline: str) -> dict[str, float]:
-    """Largest difference of any logprob from the baseline's, for each server."""
-    base = probes[baseline]
-    return {
-        name: max(abs(x - y) for mine, theirs in zip(own, base, strict=True) for x, y in zip(mine, theirs, strict=True))
-        for name, own in probes.items()
-    }
+def largest_difference(mine: list[list[float]], theirs: list[list[float]]) -> float:
+    """Of any logprob of two servers' probes."""
+    pairs = zip(mine, theirs, strict=True)
+    return max(abs(x - y) for own, other in pairs for x, y in zip(own, other, strict=True))
 
 
 def main() -> None:
@@ -107,6 +104,11 @@ def main() -> None:
             print(f"{', '.join(group)}: up after {time.monotonic() - begin:.0f} s", flush=True)
             for server in servers:
                 probes[server.name] = probe(server)
+                baseline = next(iter(probes))
+                difference = largest_difference(probes[server.name], probes[baseline])
+                case_name, metric = "first-token logprob, 32 prompts", f"max_abs_diff_from_{baseline}"
+                results.add(case_name, server.name, metric, "nat", [difference])
+                print(f"  {server.name:24s} max |logprob - {baseline}'s| = {difference:.4f}", flush=True)
             for server in servers:
                 server.post("/flush_cache", {})
             for seed in args.seeds:
@@ -129,9 +131,6 @@ def main() -> None:
                 for metric, values in figures.items():
                     results.add(f"{case} {state}", name, metric, UNITS[metric], values)
     baseline = next(iter(probes))
-    for name, difference in compare_probes(probes, baseline).items():
-        results.add("first-token logprob, 32 prompts", name, f"max_abs_diff_from_{baseline}", "nat", [difference])
-        print(f"{name:24s} max |logprob - {baseline}'s| = {difference:.4f}")
     print(f"{'medians':31s} " + " ".join(f"{metric:>12s}" for metric in UNITS) + "   throughput ratio")
     for (name, state), figures in table.items():
         middle = {metric: statistics.median(values) for metric, values in figures.items()}

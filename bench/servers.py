@@ -83,7 +83,7 @@ class Server:
 
     def errors(self) -> list[str]:
         """Lines of the log that report a failure."""
-        marks = ("Traceback", "CUDA error", "illegal memory", "leak detected", "VTensorError", "DriverError")
+        marks = ("CUDA error", "illegal memory", "leak detected", "hit an exception", "VTensorError", "DriverError")
         text = self.log.read_text(errors="replace").splitlines()
         return [line for line in text if any(mark in line for mark in marks)]
 

@@ -142,8 +142,9 @@ class VTensorAttnBackend(AttentionBackend):
         rows, kv_lens = self._rows[:batch_size], self._kv_lens[:batch_size]
         rows.copy_(self._pinned(host_rows), non_blocking=True)
         if forward_batch.forward_mode.is_decode_or_idle():
-            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=self._decode_reads_homes)
-            return self._decode_reads_homes
+            reads_homes = self._decode_reads_homes or self.runtime.launch_reads_homes
+            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=reads_homes)
+            return reads_homes
         if self._paged is not None and (self.runtime.launch_reads_homes or batch_size > MAX_VIEWS):
             self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=True)
             return True

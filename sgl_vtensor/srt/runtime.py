@@ -14,7 +14,7 @@ import torch
 
 from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.errors import ConfigError
+from sgl_vtensor.errors import ConfigError, OutOfMemory
 from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.debug import DebugChecker
 from sgl_vtensor.srt.flags import active_config
@@ -77,7 +77,20 @@ class Runtime:
         else:
             reads_rows = not self.decode_reads_homes
         if reads_rows:
+            self._map(slots)
+
+    def _map(self, slots: npt.ArrayLike) -> None:
+        """Map what these requests' rows lack. Rows are a cache: where no mapping is left, the homes are read.
+
+        Raises:
+            OutOfMemory: no mapping is left and the kernels read nothing but rows. The server must stop.
+        """
+        try:
             self.pool.ensure(slots)
+        except OutOfMemory as error:
+            if not self.can_read_homes:
+                raise
+            logger.debug("rows stay unmapped: %s", error)
 
     def free(self, slot: int) -> None:
         self.pool.close(slot)
@@ -93,7 +106,8 @@ class Runtime:
     def begin_launch(self, batch: Any) -> None:
         """On the forward stream, before anything of this launch: device work that page turnover left behind."""
         slots = batch.req_pool_indices_cpu.numpy()
-        self.launch_reads_homes = self.can_read_homes and (len(slots) > MAX_VIEWS or not self.pool.is_synced(slots))
+        many = batch.forward_mode.is_extend() and len(slots) > MAX_VIEWS
+        self.launch_reads_homes = self.can_read_homes and (many or not self.pool.is_synced(slots))
         if self._checker is not None:
             self._checker.poison_freed(self.words)
         self.zero_fresh_pages()
@@ -118,9 +132,9 @@ class Runtime:
     def _map_ahead(self, batch: Any) -> None:
         """Map the row of a prefill that goes on, and all rows while few requests run: the CPU has the time then."""
         if self.pool.num_open <= MAX_VIEWS:
-            self.pool.ensure(batch.req_pool_indices_cpu.numpy())
+            self._map(batch.req_pool_indices_cpu.numpy())
         elif batch.chunked_req is not None and batch.chunked_req.kv.holds_kv:
-            self.pool.ensure([batch.chunked_req.kv.req_pool_idx])
+            self._map([batch.chunked_req.kv.req_pool_idx])
 
     def rows_of_launch(self) -> npt.NDArray[np.int32] | None:
         """Rows of the batch that is being launched; None in dummy and capture runs, which use the padding row."""
