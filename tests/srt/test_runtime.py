@@ -1,0 +1,150 @@
+"""When a launch reads rows, and when it reads the pages at their homes: ``Runtime`` over a real pool on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sgl_vtensor.config import VTensorConfig
+from sgl_vtensor.core.layout import plan_layout
+from sgl_vtensor.core.pages import Pages
+from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.errors import OutOfMemory
+from sgl_vtensor.srt.allocator import PageCopy
+from sgl_vtensor.srt.runtime import MAX_MAPPINGS_AHEAD, MAX_VIEWS, Runtime
+from sgl_vtensor.vmm.faults import Fault, FaultyDriver
+from sgl_vtensor.vmm.host import HostDriver
+
+NUM_SLOTS = 2 * MAX_VIEWS
+
+
+class World:
+    """A pool, a runtime over it, and what the allocator would say."""
+
+    def __init__(self, driver: FaultyDriver) -> None:
+        self.driver = driver
+        layout = plan_layout(
+            num_layers=1,
+            num_kv_heads=2,
+            head_dim=16,
+            v_head_dim=16,
+            itemsize=4,
+            granule_bytes=driver.granularity,
+            page_tokens=16,
+        )
+        self.pool = VTensorPool(Pages(driver, layout, 600), num_slots=NUM_SLOTS, max_len_tokens=40 * 16)
+        self.allocator: Any = SimpleNamespace(extending=True, copies=[])
+        self.runtime = Runtime(self.pool, self.allocator, VTensorConfig(), dense_capacity=600 * 16)
+
+    def prefill(self, slots: list[int], num_pages: int, *, chunked: int | None = None) -> bool:
+        """Open the requests, allocate, launch; whether the launch read homes."""
+        for slot in slots:
+            if not self.pool.is_open(slot):
+                self.pool.open(slot, [], num_pages * 16)
+        assert self.pool.grow(slots, [num_pages * 16] * len(slots))
+        return self._launch(slots, extending=True, chunked=chunked)
+
+    def decode(self, slots: list[int]) -> bool:
+        return self._launch(slots, extending=False, chunked=None)
+
+    def _launch(self, slots: list[int], *, extending: bool, chunked: int | None) -> bool:
+        self.allocator.extending = extending
+        slots_cpu = torch.tensor(slots)
+        self.runtime.alloc_to_lengths(req_pool_indices_cpu=slots_cpu, target_seq_lens_cpu=slots_cpu)
+        req = SimpleNamespace(kv=SimpleNamespace(holds_kv=True, req_pool_idx=chunked))
+        batch = SimpleNamespace(
+            req_pool_indices_cpu=slots_cpu,
+            chunked_req=None if chunked is None else req,
+            forward_mode=SimpleNamespace(is_extend=lambda: extending),
+        )
+        self.runtime.begin_launch(batch)
+        rows = self.runtime.rows_of_launch()
+        assert rows is not None and (rows == self.pool.row_of_slot[slots]).all()
+        reads_homes = self.runtime.launch_reads_homes
+        if not reads_homes:
+            assert self.pool.is_synced(slots), "a launch reads rows that lack pages"
+        self.runtime.end_launch(batch)
+        return reads_homes
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with HostDriver(capacity_bytes=64 << 20) as driver:
+        built = World(FaultyDriver(driver, []))
+        yield built
+        built.pool.shutdown()
+
+
+def test_kernels_that_read_only_rows_always_get_them(world: World) -> None:
+    assert not world.prefill([1, 2], 30)
+    assert not world.decode([1, 2])
+
+
+def test_a_few_mappings_are_waited_for_and_many_are_not(world: World) -> None:
+    world.runtime.can_read_homes = True
+    assert not world.prefill([1], MAX_MAPPINGS_AHEAD)
+    assert world.prefill([2], MAX_MAPPINGS_AHEAD + 1)
+
+
+def test_rows_are_mapped_behind_the_launch_while_few_requests_run(world: World) -> None:
+    world.runtime.can_read_homes = world.runtime.decode_reads_homes = True
+    assert world.prefill([1], 30)
+    assert world.pool.is_synced([1])
+    assert not world.prefill([1], 31)
+
+
+def test_a_large_batch_reads_homes_and_maps_only_the_prefill_that_goes_on(world: World) -> None:
+    world.runtime.can_read_homes = world.runtime.decode_reads_homes = True
+    slots = list(range(1, MAX_VIEWS + 2))
+    assert world.prefill(slots, 12, chunked=3)
+    assert world.pool.is_synced([3])
+    assert not any(world.pool.is_synced([slot]) for slot in slots if slot != 3)
+    assert world.decode([1]), "its row was never mapped"
+    assert not world.prefill([3], 13), "its row was mapped behind its first chunk"
+
+
+def test_decode_that_reads_rows_gets_them_although_its_prefill_did_not(world: World) -> None:
+    world.runtime.can_read_homes = True
+    slots = list(range(1, MAX_VIEWS + 2))
+    assert world.prefill(slots, 12)
+    assert not world.decode(slots)
+
+
+def test_without_a_mapping_left_the_homes_are_read(world: World) -> None:
+    world.runtime.can_read_homes = True
+    world.pool.open(1, [], 16)
+    assert world.pool.grow([1], [16])
+    world.driver.plan.append(Fault("map", when=lambda *_: True, error=OutOfMemory))
+    assert world._launch([1], extending=True, chunked=None)
+    assert world.decode([1])
+    world.driver.plan.clear()
+    assert not world.decode([1])
+    world.runtime.can_read_homes = False
+    assert world.pool.grow([1], [32])
+    world.driver.plan.append(Fault("map", when=lambda *_: True, error=OutOfMemory))
+    with pytest.raises(OutOfMemory):
+        world.decode([1])
+    world.driver.plan.clear()
+
+
+def test_copies_and_zeroing_precede_the_launch(world: World) -> None:
+    pool = world.pool
+    pool.open(1, [], 32)
+    assert pool.grow([1], [32])
+    source, target = pool.pages_of(1, 0, 2)
+    flat = pool.pages.tensor()
+    page_bytes, stride = pool.layout.page_bytes, pool.layout.token_stride_bytes
+    world.runtime.zero_fresh_pages()
+    flat[source * page_bytes : (source + 1) * page_bytes] = 7
+    world.allocator.copies = [PageCopy(source, target, 5)]
+    world._launch([1], extending=True, chunked=None)
+    copied = flat[target * page_bytes : (target + 1) * page_bytes].numpy()
+    assert (copied[: 5 * stride] == 7).all()
+    assert np.count_nonzero(copied[5 * stride :]) == 0
+    assert world.allocator.copies == []
+    assert world.runtime.tokens_copied == 5
