@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
+from results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernels"))
-COLUMNS = ["date", "commit", "gpu", "versions", "bench", "case", "impl", "metric", "unit", "p20", "p50", "p80"]
 LAYERS = 32
 """Layers that share a token's row, as in an 8B model: 128 KiB a token in bfloat16 with 8 heads of 128."""
 ROTATED = 4
@@ -149,11 +145,13 @@ def measure(
     rate_name: str,
 ) -> None:
     """Check, time and print every implementation on every shape, and append the rows to the CSV."""
+    if not torch.cuda.is_available():
+        print(f"{bench}: kernels are timed on an NVIDIA GPU, and there is none here; run it on a machine that has one")
+        return
+    results = Results(bench, options.out)
     chosen = {name: make for name, make in implementations.items() if not options.impl or name in options.impl}
     rates: dict[str, dict[str, float]] = {name: {} for name in chosen}
-    versions = f"torch {torch.__version__} triton {triton.__version__}"
     for shape in shapes:
-        rows = []
         inputs = Inputs(shape)
         calls: dict[str, Call] = {}
         expected: torch.Tensor | None = None
@@ -173,8 +171,7 @@ def measure(
         for name, call in calls.items():
             p20, p50, p80 = microseconds(call, options.budget_ms)
             rates[name][shape.name] = rate(shape, p50)
-            stamp = [datetime.date.today().isoformat(), _commit(), torch.cuda.get_device_name(), versions]
-            rows.append([*stamp, bench, shape.name, name, "time", "us", f"{p20:.2f}", f"{p50:.2f}", f"{p80:.2f}"])
+            results.add_percentiles(shape.name, name, "time", "us", p20, p50, p80)
         calls.clear()
         del inputs
         torch.cuda.empty_cache()
@@ -182,9 +179,6 @@ def measure(
         if shape is shapes[0]:
             print(f"{rate_name:<44}" + " ".join(f"{name:>18}" for name in chosen))
         print(f"{shape.name:<44}{line}", flush=True)
-        _append(ROOT / "bench" / "results" / f"{bench}.csv", rows)
-        if options.out:
-            _append(options.out / f"{bench}.csv", rows)
 
     first = next(iter(chosen))
     for name in list(chosen)[1:]:
@@ -192,18 +186,3 @@ def measure(
         if both:
             mean = math.exp(statistics.fmean(math.log(ratio) for ratio in both))
             print(f"{first} against {name}: geometric mean {mean:.3f}, least {min(both):.3f}, {len(both)} cases")
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def _append(path: Path, rows: list[list[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerows(rows)

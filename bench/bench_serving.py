@@ -17,9 +17,12 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 from load import closed_loop, shared_prefix, summarize
 from results import Results
 from servers import Server
+
+from sgl_vtensor.cli.smollm2 import smollm2
 
 UNITS = {
     "throughput": "req/s",
@@ -49,10 +52,10 @@ def probe_prompts() -> list[list[int]]:
     return prompts
 
 
-def probe(server: Server) -> list[list[float]]:
-    """First-token logprobs of a fixed set of tokens, for each probe prompt."""
+def probe(server: Server, count: int) -> list[list[float]]:
+    """First-token logprobs of a fixed set of tokens, for the first ``count`` probe prompts."""
     answers = []
-    for prompt in probe_prompts():
+    for prompt in probe_prompts()[:count]:
         body = {
             "input_ids": prompt,
             "sampling_params": {"max_new_tokens": 1, "temperature": 0},
@@ -71,10 +74,19 @@ def largest_difference(mine: list[list[float]], theirs: list[list[float]]) -> fl
     return max(abs(x - y) for own, other in pairs for x, y in zip(own, other, strict=True))
 
 
+def run_small(args: argparse.Namespace) -> None:
+    """Without a GPU: as much as two cores do in a few minutes, and it says what that is worth."""
+    print("no GPU: a small load on the host driver. It shows that everything works; the times mean nothing for a GPU.")
+    args.groups, args.prompts, args.prefix, args.question, args.output, args.concurrency = 2, 3, 200, 20, 8, 4
+    args.probes = 4
+    args.server_flags += ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", "20000"]
+    args.server_flags += ["--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder with the model's config and tokenizer")
-    parser.add_argument("--group", nargs="+", action="append", required=True, help="servers that run side by side")
+    parser.add_argument("--model", help="folder with the model's config and tokenizer; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--group", nargs="+", action="append", help="servers that run side by side")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=16)
@@ -83,9 +95,18 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="logs and a copy of the results")
+    parser.add_argument("--probes", type=int, default=32, help="prompts whose first-token logprobs are compared")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("server_flags", nargs="*", help="flags for every server, after --")
     args = parser.parse_args()
+    if args.model is None:
+        args.model = str(smollm2())
+    if args.group is None:
+        args.group = (
+            [["stock-fa3", "vtensor-auto"]] if torch.cuda.is_available() else [["stock-default", "vtensor-auto"]]
+        )
+    if not torch.cuda.is_available():
+        run_small(args)
     args.out.mkdir(parents=True, exist_ok=True)
     results = Results("serving", args.out)
     case = f"gsp {args.groups}x{args.prompts} prefix {args.prefix} new {args.question} out {args.output}"
@@ -103,10 +124,10 @@ def main() -> None:
                 server.wait()
             print(f"{', '.join(group)}: up after {time.monotonic() - begin:.0f} s", flush=True)
             for server in servers:
-                probes[server.name] = probe(server)
+                probes[server.name] = probe(server, args.probes)
                 baseline = next(iter(probes))
                 difference = largest_difference(probes[server.name], probes[baseline])
-                case_name, metric = "first-token logprob, 32 prompts", f"max_abs_diff_from_{baseline}"
+                case_name, metric = f"first-token logprob, {args.probes} prompts", f"max_abs_diff_from_{baseline}"
                 results.add(case_name, server.name, metric, "nat", [difference])
                 print(f"  {server.name:24s} max |logprob - {baseline}'s| = {difference:.4f}", flush=True)
             for server in servers:

@@ -58,13 +58,16 @@ class Results:
 
     def add(self, case: str, impl: str, metric: str, unit: str, values: Sequence[float]) -> None:
         """One row from repeated measurements of one case and implementation."""
-        p20, p50, p80 = (f"{np.percentile(values, q):.6g}" for q in (20, 50, 80))
-        row = (*self._head, case, impl, metric, unit, p20, p50, p80)
+        self.add_percentiles(case, impl, metric, unit, *(float(np.percentile(values, q)) for q in (20, 50, 80)))
+
+    def add_percentiles(self, case: str, impl: str, metric: str, unit: str, p20: float, p50: float, p80: float) -> None:
+        """One row from percentiles that were taken elsewhere."""
+        row = (*self._head, case, impl, metric, unit, *(f"{value:.6g}" for value in (p20, p50, p80)))
         for path in self._files:
             path.parent.mkdir(parents=True, exist_ok=True)
             new = not path.exists()
             with path.open("a", newline="") as file:
-                writer = csv.writer(file)
+                writer = csv.writer(file, lineterminator="\n")
                 if new:
                     writer.writerow(COLUMNS)
                 writer.writerow(row)

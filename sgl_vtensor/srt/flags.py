@@ -62,12 +62,24 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
 _KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 
+class _Enable(argparse.Action):
+    """``--enable-vtensor``. A lost hook is noticed here, since without ``from_cli_args`` the flag would do nothing."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        from sgl_vtensor.srt import compat
+
+        compat.check_installed()
+        setattr(namespace, self.dest, True)
+
+
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
     """Hook: add our flags to SGLang's parser."""
     group = parser.add_argument_group("vTensor (sgl_vtensor)", "A KV cache made of CUDA virtual memory.")
     group.add_argument(
         "--enable-vtensor",
-        action="store_true",
+        action=_Enable,
+        nargs=0,
+        default=False,
         help="Keep keys and values in vTensor memory: elastic, and contiguous for every request.",
     )
     group.add_argument(
@@ -135,6 +147,7 @@ def _choose(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sgl_vtensor.srt import compat
 
     compat.check_targets()
+    compat.check_installed()
     config = load_config(flags or {}, os.environ)
     _refuse_flags(view)
     _refuse_model(server_args, view)

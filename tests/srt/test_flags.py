@@ -178,7 +178,6 @@ def test_flags_win_over_variables(resolve: Resolve) -> None:
         ["--pp-size=2"],
         ["--speculative-algorithm=NGRAM"],
         ["--enable-two-batch-overlap"],
-        ["--kv-cache-dtype=nvfp4"],
         ["--enable-streaming-session"],
         ["--radix-cache-backend=other"],
     ],
@@ -205,6 +204,14 @@ def test_each_refusal_names_its_flag_and_a_way_out(field: str, flag: str) -> Non
         flags._refuse_flags(view)
     assert flag in str(refusal.value)
     assert ";" in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", ["mxfp8", "nvfp4", "fp4_mx_block16"])
+def test_refused_kv_dtypes(dtype: str) -> None:
+    view = _accepted()
+    view.kv_cache_dtype = dtype
+    with pytest.raises(ConfigError, match=rf"--kv-cache-dtype {dtype} .*; use auto, "):
+        flags._refuse_flags(view)
 
 
 @pytest.mark.parametrize("variable", ["SGLANG_USE_HND_KVCACHE", "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"])
