@@ -240,11 +240,11 @@ class VTensorPool:
 
     def creatable_pages(self, margin_bytes: int = 0) -> int:
         """How many more pages the limit and the device's free memory allow."""
+        wanted = min(self.pages.limit_pages, self.pages.num_pages) + 1 - self.pages.num_backed
+        if wanted <= 0:
+            return 0
         free_bytes, _ = self.driver.memory_info()
-        by_device = max(0, free_bytes - margin_bytes) // self.layout.page_bytes
-        by_limit = max(0, self.pages.limit_pages + 1 - self.pages.num_backed)
-        unbacked = self.pages.num_pages + 1 - self.pages.num_backed
-        return min(by_device, by_limit, unbacked)
+        return min(wanted, max(0, free_bytes - margin_bytes) // self.layout.page_bytes)
 
     # Launches.
 
