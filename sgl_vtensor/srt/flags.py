@@ -62,14 +62,14 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
 _KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 
-class _Enable(argparse.Action):
+class _Enable(argparse._StoreTrueAction):
     """``--enable-vtensor``. A lost hook is noticed here, since without ``from_cli_args`` the flag would do nothing."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
         from sgl_vtensor.srt import compat
 
         compat.check_installed()
-        setattr(namespace, self.dest, True)
+        super().__call__(*args, **kwargs)
 
 
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -78,8 +78,6 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-vtensor",
         action=_Enable,
-        nargs=0,
-        default=False,
         help="Keep keys and values in vTensor memory: elastic, and contiguous for every request.",
     )
     group.add_argument(

@@ -94,6 +94,24 @@ def test_hooks_register_with_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(isinstance(kind, HookType) for _, kind in seen.values())
 
 
+def test_half_a_plugin_has_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang swallows what a plugin raises; then ``--enable-vtensor`` must be unknown, not without effect."""
+    from sgl_vtensor.srt import backend, flags, plugin, prefix
+
+    def fail() -> None:
+        raise RuntimeError("on purpose")
+
+    for part, name in ((flags, "register_resolution"), (prefix, "register_tree"), (backend, "register_backend")):
+        with monkeypatch.context() as patch:
+            patch.setattr(flags, "register_resolution", lambda: None)
+            patch.setattr(prefix, "register_tree", lambda: None)
+            patch.setattr(backend, "register_backend", lambda: None)
+            patch.setattr(compat, "register_hooks", lambda: pytest.fail("hooks were registered"))
+            patch.setattr(part, name, fail)
+            with pytest.raises(RuntimeError, match="on purpose"):
+                plugin.register()
+
+
 def test_off_means_stock_classes() -> None:
     """The hooks are in place in every SGLang process, but without the switch they answer as SGLang would."""
     from sgl_vtensor.srt.host_platform import HostPlatform
