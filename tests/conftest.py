@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT.parent / "kernels"))
+
+if not torch.cuda.is_available():
+    # Triton looks at the variable when it and a kernel are imported, so this must come before any test module, which
+    # may import Triton by way of SGLang. Taken back at once: servers that tests start must not inherit it.
+    os.environ["TRITON_INTERPRET"] = "1"
+import triton.experimental.gluon  # noqa: E402, F401  (Triton would import it at the first launch)
+import vtensor_kernels  # noqa: E402, F401
+
+os.environ.pop("TRITON_INTERPRET", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

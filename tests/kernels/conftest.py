@@ -1,25 +1,11 @@
-"""Kernel tests run on the Triton interpreter where there is no GPU, with the same bodies."""
+"""Kernel tests run on the Triton interpreter where there is no GPU, with the same bodies: see ``tests/conftest.py``."""
 
 from __future__ import annotations
-
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
-
-if not ON_GPU:
-    # Triton looks at the variable when it and the kernels are imported. Taken back at once: servers that other
-    # tests start as processes must not inherit it.
-    os.environ["TRITON_INTERPRET"] = "1"
-import triton.experimental.gluon  # noqa: E402, F401  (Triton would import it at the first launch)
-import vtensor_kernels  # noqa: E402, F401
-
-os.environ.pop("TRITON_INTERPRET", None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
