@@ -28,6 +28,8 @@ class VTensorConfig:
     """Which attention kernels read the rows."""
     num_rows: int | None = None
     """Rows to keep mapped as a cache; None: twice the requests that may run."""
+    idle_seconds: float = 10.0
+    """After so long without a launch, free pages' memory goes back to the device; 0: never."""
     debug: bool = False
     """Check every invariant before each launch. Slow."""
 
@@ -38,6 +40,8 @@ class VTensorConfig:
             raise ConfigError(f"kernel is {self.kernel!r}; choose one of {', '.join(KERNELS)}")
         if self.num_rows is not None and self.num_rows < 2:
             raise ConfigError(f"num_rows is {self.num_rows}; there must be at least 2")
+        if not 0 <= self.idle_seconds < float("inf"):
+            raise ConfigError(f"idle_seconds is {self.idle_seconds}; give seconds, or 0 for never")
 
 
 def _parse_bool(name: str, text: str) -> bool:
@@ -56,7 +60,14 @@ def _parse_int(name: str, text: str) -> int:
         raise ConfigError(f"{name}={text!r} is not a whole number") from error
 
 
-_PARSERS = {"page_tokens": _parse_int, "num_rows": _parse_int, "debug": _parse_bool}
+def _parse_float(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} is not a number") from error
+
+
+_PARSERS = {"page_tokens": _parse_int, "num_rows": _parse_int, "idle_seconds": _parse_float, "debug": _parse_bool}
 
 
 def switched_on(environ: Mapping[str, str]) -> bool:

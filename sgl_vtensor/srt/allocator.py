@@ -225,6 +225,7 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         self.copies = []
         if self._pool is not None:
             self._pool.reset()
+            self._pool.shrink(0)
 
 
 def to_device(values: npt.NDArray[np.int64], device: Any) -> torch.Tensor:

@@ -98,6 +98,12 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
         help="Rows to keep as a cache of mappings. Default: twice the requests that may run at once.",
     )
     group.add_argument(
+        "--vtensor-idle-seconds",
+        type=float,
+        metavar="S",
+        help="After so long without work, give the memory of free pages back to the device. Default: 10; 0: never.",
+    )
+    group.add_argument(
         "--vtensor-debug",
         action="store_true",
         default=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ MAX_VIEWS = 8
 """Requests that FlashAttention-3 reads through views, one launch each; a larger batch is read at its homes in one."""
 MAX_MAPPINGS_AHEAD = 8
 """Mappings that a prefill waits for; where its rows lack more, it is read at its homes."""
+PAGES_RELEASED_AT_ONCE = 64
+"""An idle server gives memory back in steps of a few milliseconds, so that a request that comes waits no longer."""
 
 
 class Runtime:
@@ -59,6 +62,8 @@ class Runtime:
         self._bytes = pool.pages.tensor()
         self.words = self._bytes.view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
+        self.pages_released = 0
+        self._idle_since: float | None = None
         self._checker = DebugChecker(self) if config.debug else None
 
     # SGLang's auxiliary cache.
@@ -105,6 +110,7 @@ class Runtime:
 
     def begin_launch(self, batch: Any) -> None:
         """On the forward stream, before anything of this launch: device work that page turnover left behind."""
+        self._idle_since = None
         slots = batch.req_pool_indices_cpu.numpy()
         many = batch.forward_mode.is_extend() and len(slots) > MAX_VIEWS
         self.launch_reads_homes = self.can_read_homes and (many or not self.pool.is_synced(slots))
@@ -135,6 +141,23 @@ class Runtime:
             self._map(batch.req_pool_indices_cpu.numpy())
         elif batch.chunked_req is not None and batch.chunked_req.kv.holds_kv:
             self._map([batch.chunked_req.kv.req_pool_idx])
+
+    def idle(self, now: float) -> None:
+        """No batch is in flight. SGLang comes here again and again while there is nothing to do.
+
+        Args:
+            now: seconds of a monotonic clock.
+        """
+        self.pool.drain(in_flight=0)
+        if self._idle_since is None:
+            self._idle_since = now
+        seconds = self.config.idle_seconds
+        if not seconds or now - self._idle_since < seconds or not self.pool.pages.num_free_backed:
+            return
+        keep_pages = max(0, self.pool.pages.num_free_backed - PAGES_RELEASED_AT_ONCE)
+        self.pages_released += self.pool.shrink(keep_pages)
+        if not self.pool.pages.num_free_backed:
+            logger.info("vTensor memory: idle, %d pages given back since the start", self.pages_released)
 
     def rows_of_launch(self) -> npt.NDArray[np.int32] | None:
         """Rows of the batch that is being launched; None in dummy and capture runs, which use the padding row."""
@@ -170,6 +193,7 @@ class Runtime:
             "driver": self.pool.driver.name,
             "kernel": self.config.kernel,
             "tokens_copied": self.tokens_copied,
+            "pages_released": self.pages_released,
             "page_tokens": layout.page_tokens,
             "token_stride_bytes": layout.token_stride_bytes,
             "page_bytes": layout.page_bytes,
@@ -284,7 +308,7 @@ def on_idle(scheduler: Any) -> None:
     """Hook: no batch is in flight."""
     runtime = runtime_of(scheduler.tp_worker.model_runner)
     if runtime is not None:
-        runtime.pool.drain(in_flight=0)
+        runtime.idle(time.monotonic())
 
 
 def add_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> Any:
