@@ -17,6 +17,9 @@ from sgl_vtensor.errors import ConfigError, VTensorError
 from sgl_vtensor.srt.allocator import VTensorAllocator, to_device
 from sgl_vtensor.srt.flags import NAME
 
+NO_TOKEN = -1
+"""Stands behind the last token of a page that is not full. No prompt has it, so a match ends there."""
+
 
 class PageRun:
     """What a node holds in place of a tensor of slots: whole pages, sliced in tokens as the base class does."""
@@ -143,6 +146,8 @@ class VTensorRadixCache(RadixCache):
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Give the tree the request's full pages up to ``up_to``; where it has them already, use the tree's.
 
+        A request that has finished gives its last page, too, although it is not full.
+
         The request's duplicates are freed in the books, but its row keeps showing them until it retires, because a
         launch may be reading them (design: wall W1).
         """
@@ -150,6 +155,10 @@ class VTensorRadixCache(RadixCache):
             return
         slot, page_size = req.kv.req_pool_idx, self.page_size
         token_ids = req.full_untruncated_fill_ids[:up_to]
+        if req.finished() and not self.kv_events.enabled:
+            # Nobody writes these tokens' page any more: the next turn of a chat copies from it. Whole pages only, so
+            # SGLang's accounting needs to know nothing of it; KV events would tell others of tokens that are none.
+            token_ids = token_ids + array("q", [NO_TOKEN] * (-len(token_ids) % page_size))
         key = self._key_of(req, token_ids)
         pages = self.pool.pages_of(slot, 0, len(key) // page_size)
         priority = req.priority or 0

@@ -73,11 +73,6 @@ def check(server: SGLangServer, asked: Sequence[Expected], *, concurrency: int) 
         assert answer.output_ids == expected.output_ids, f"prompt {number}, of {len(expected.prompt)} tokens"
 
 
-def full_pages(prompt: Sequence[int]) -> int:
-    """Tokens of a prompt in whole pages; its last token must be run through the model."""
-    return (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS
-
-
 def test_alone_and_again(server: SGLangServer, stock: StockAnswers) -> None:
     """The first time with logprobs, of the prompt too, which takes no prefix hit; then again."""
     cached = 0
@@ -111,20 +106,20 @@ def test_second_time_is_a_prefix_hit(server: SGLangServer, stock: StockAnswers) 
     expected = stock.mixed[16]
     assert server.generate(expected.prompt).cached_tokens == 0
     answer = server.generate(expected.prompt)
-    assert full_pages(expected.prompt) <= answer.cached_tokens < len(expected.prompt)
+    assert answer.cached_tokens == len(expected.prompt) - 1, "hits are counted in tokens, as stock's at page size 1"
     assert answer.output_ids == expected.output_ids
 
 
 @with_tree
 def test_an_answer_is_the_next_prompt(server: SGLangServer, stock: StockAnswers) -> None:
-    """A chat: each turn's prompt is all that was said before, and a hit at least up to its last full page."""
+    """A chat: each turn's prompt is all that was said before, and a hit up to the last token that has been computed."""
     expected = stock.hungry[3]
     said = list(expected.prompt)
     for turn in range(3):
         answer = server.generate(said, 50)
         assert answer.output_ids == expected.output_ids[50 * turn : 50 * turn + 50]
         if turn:
-            assert full_pages(said) <= answer.cached_tokens < len(said)
+            assert answer.cached_tokens == len(said) - 1
         said += answer.output_ids
 
 
