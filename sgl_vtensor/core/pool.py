@@ -17,7 +17,7 @@ import torch
 from sgl_vtensor.core.epochs import Epochs, Fence
 from sgl_vtensor.core.layout import KVLayout, kv_views
 from sgl_vtensor.core.pages import Pages
-from sgl_vtensor.core.rows import PADDING_ROW, PageArray, Rows
+from sgl_vtensor.core.rows import PADDING_ROW, Rows
 from sgl_vtensor.errors import DriverError, OutOfMemory, VTensorError
 from sgl_vtensor.vmm.driver import VmmDriver
 
@@ -308,6 +308,3 @@ class VTensorPool:
             limit_bytes=pages.limit_pages * self.layout.page_bytes,
             driver_calls=dict(self.driver.calls),
         )
-
-
-__all__ = ["OutOfMemory", "PageArray", "PoolStats", "VTensorPool"]

@@ -200,9 +200,6 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
 
     # Freeing: always host pages, never a device tensor.
 
-    def free_pages_now(self, pages: list[int]) -> None:
-        self.pool.free(pages)
-
     def free_segment(self, free_index: Any, *, start_pos: int) -> None:
         """Free what the tree evicts: a :class:`~sgl_vtensor.srt.prefix.PageRun`."""
         self.pool.free(free_index.pages)

@@ -83,9 +83,8 @@ class VTensorAttnBackend(AttentionBackend):
         self._paged = self._make_paged(runner)
         # Measured on an H100 (bench/results/decode.csv): stock FlashAttention-3 over the homes decodes as fast as any
         # kernel over views, or faster. Where it is absent our own kernel decodes.
-        self._decode_reads_homes = self._fa3 is not None
+        runtime.decode_reads_homes = self._fa3 is not None
         runtime.can_read_homes = self._paged is not None
-        runtime.decode_reads_homes = self._decode_reads_homes
         fa3 = "in use" if self._fa3 is not None else "not used"
         logger.info("vTensor attention: kernel %s, FlashAttention-3 %s", self.kernel, fa3)
 
@@ -142,7 +141,7 @@ class VTensorAttnBackend(AttentionBackend):
         rows, kv_lens = self._rows[:batch_size], self._kv_lens[:batch_size]
         rows.copy_(self._pinned(host_rows), non_blocking=True)
         if forward_batch.forward_mode.is_decode_or_idle():
-            reads_homes = self._decode_reads_homes or self.runtime.launch_reads_homes
+            reads_homes = self.runtime.decode_reads_homes or self.runtime.launch_reads_homes
             self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=reads_homes)
             return reads_homes
         if self._paged is not None and (self.runtime.launch_reads_homes or batch_size > MAX_VIEWS):
