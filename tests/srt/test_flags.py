@@ -78,7 +78,13 @@ def test_flags_reach_the_config(resolve: Resolve) -> None:
         "--vtensor-num-rows=99",
         "--vtensor-debug",
     )
-    assert result["config"] == {"page_tokens": 16, "kernel": "torch", "num_rows": 99, "idle_seconds": 10.0, "debug": True}
+    assert result["config"] == {
+        "page_tokens": 16,
+        "kernel": "torch",
+        "num_rows": 99,
+        "idle_seconds": 10.0,
+        "debug": True,
+    }
     assert (result["page_size"], result["attention_backend"], result["radix_cache_backend"]) == (
         16,
         "vtensor",
