@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,52 @@ PREFIX = "SGL_VTENSOR"
 SWITCH = PREFIX
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
+
+
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(rf"(\d+(?:\.\d*)?)\s*(%|{'|'.join(_UNITS)})", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Size:
+    """An amount of KV memory: bytes, or a share of what the pool can hold."""
+
+    text: str
+    amount: float
+    """Bytes, or a share between 0 and 1."""
+    is_share: bool
+
+    def bytes_of(self, capacity_bytes: int) -> int:
+        return int(self.amount * capacity_bytes) if self.is_share else int(self.amount)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_size(name: str, text: str) -> Size:
+    """Read ``24GiB`` or ``60%``.
+
+    Raises:
+        ConfigError: it is neither; the message begins with ``name``.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ConfigError(f"{name}={text!r} is not a size; write it like 24GiB, 512MiB or 60%")
+    number, unit = float(match[1]), match[2]
+    if unit == "%":
+        if number > 100:
+            raise ConfigError(f"{name}={text!r} is more than all there is; give at most 100%")
+        return Size(text.strip(), number / 100, True)
+    factor = next(factor for known, factor in _UNITS.items() if known.lower() == unit.lower())
+    return Size(text.strip(), number * factor, False)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """``16.00 GiB``, or the largest smaller unit of which there is one."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if abs(num_bytes) >= _UNITS[unit]:
+            return f"{num_bytes / _UNITS[unit]:.2f} {unit}"
+    return f"{num_bytes} B"
 
 
 @dataclass(frozen=True)
@@ -30,6 +77,14 @@ class VTensorConfig:
     """Rows to keep mapped as a cache; None: twice the requests that may run."""
     idle_seconds: float = 10.0
     """After so long without a launch, free pages' memory goes back to the device; 0: never."""
+    memory_limit: Size | None = None
+    """KV memory that may be backed at first; None: all that SGLang's ``--mem-fraction-static`` leaves for it."""
+    reserve: Size | None = None
+    """Free pages that are backed ahead of need; None: 1% of the pool on CUDA, nothing on the host."""
+    cache_seconds: float = 600.0
+    """Cached prefixes that nobody asked for in so long are dropped; 0: never."""
+    cache_keep: Size = Size("0%", 0.0, True)
+    """So much of the cache is kept however old it is."""
     debug: bool = False
     """Check every invariant before each launch. Slow."""
 
@@ -40,8 +95,10 @@ class VTensorConfig:
             raise ConfigError(f"kernel is {self.kernel!r}; choose one of {', '.join(KERNELS)}")
         if self.num_rows is not None and self.num_rows < 2:
             raise ConfigError(f"num_rows is {self.num_rows}; there must be at least 2")
-        if not 0 <= self.idle_seconds < float("inf"):
-            raise ConfigError(f"idle_seconds is {self.idle_seconds}; give seconds, or 0 for never")
+        for name in ("idle_seconds", "cache_seconds"):
+            seconds = getattr(self, name)
+            if not 0 <= seconds < float("inf"):
+                raise ConfigError(f"{name} is {seconds}; give seconds, or 0 for never")
 
 
 def _parse_bool(name: str, text: str) -> bool:
@@ -67,7 +124,16 @@ def _parse_float(name: str, text: str) -> float:
         raise ConfigError(f"{name}={text!r} is not a number") from error
 
 
-_PARSERS = {"page_tokens": _parse_int, "num_rows": _parse_int, "idle_seconds": _parse_float, "debug": _parse_bool}
+_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    "page_tokens": _parse_int,
+    "num_rows": _parse_int,
+    "idle_seconds": _parse_float,
+    "memory_limit": parse_size,
+    "reserve": parse_size,
+    "cache_seconds": _parse_float,
+    "cache_keep": parse_size,
+    "debug": _parse_bool,
+}
 
 
 def switched_on(environ: Mapping[str, str]) -> bool:
@@ -96,5 +162,6 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> VTensor
         if name not in known:
             raise ConfigError(f"--vtensor-{name.replace('_', '-')} is not known")
         if value is not None:
-            values[name] = value
+            is_text = isinstance(value, str) and name in _PARSERS
+            values[name] = _PARSERS[name](f"--vtensor-{name.replace('_', '-')}", value) if is_text else value
     return VTensorConfig(**values)

@@ -44,7 +44,32 @@ def parser() -> argparse.ArgumentParser:
         "server_flags", nargs="*", metavar="-- FLAG", help="flags passed on to SGLang, for example -- --page-size 32"
     )
     demo.set_defaults(run=_demo)
+
+    limit = commands.add_parser(
+        "limit",
+        help="look at the memory limit of a running server, or move it",
+        description="Without SIZE: print the limit and what is backed. With SIZE: let the KV cache have so much from "
+        "now on. Cached prefixes go first, then new requests wait; requests that run are not stopped.",
+    )
+    _add_server(limit)
+    limit.add_argument("size", nargs="?", metavar="SIZE", help="like 16GiB, or 50%% of what the pool can hold")
+    limit.add_argument(
+        "--wait", type=float, default=5.0, metavar="S", help="seconds to wait for memory to follow (%(default)g)"
+    )
+    limit.set_defaults(run=_limit)
     return result
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    command.add_argument("url", metavar="URL", help="the server, like http://127.0.0.1:30000")
+    command.add_argument("--api-key", help="the server's admin key, or its API key; default: $SGLANG_API_KEY")
+
+
+def _limit(options: argparse.Namespace) -> int:
+    from sgl_vtensor.cli import limit
+    from sgl_vtensor.cli.client import Client
+
+    return limit.run(Client(options.url, options.api_key), options.size, wait_seconds=options.wait)
 
 
 def _demo(options: argparse.Namespace) -> int:

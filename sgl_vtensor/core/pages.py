@@ -32,6 +32,9 @@ class Pages:
         self.layout = layout
         self.num_pages = num_pages
         self.limit_pages = num_pages if limit_pages is None else limit_pages
+        """Pages that may be backed, the padding page not counted. It may move below what is backed at any time."""
+        self.margin_bytes = 0
+        """Free memory of the device that is left to others."""
         self.home_bytes = (num_pages + 1) * layout.page_bytes
         self.home_base = driver.reserve(self.home_bytes)
         self._handles = np.zeros(num_pages + 1, dtype=np.uint64)
@@ -89,14 +92,30 @@ class Pages:
         num_tokens = (self.num_pages + 1) * self.layout.page_tokens
         return kv_views(self.tensor(), self.layout, layer, dtype, (num_tokens,), (self.layout.token_stride_bytes,))
 
-    def secure(self, num_pages: int) -> bool:
+    def creatable(self, *, beyond_limit: bool = False) -> int:
+        """How many more pages the pool's size, the limit and the device's free memory, less the margin, allow now."""
+        room = self._room(beyond_limit)
+        if not room:
+            return 0
+        free_bytes, _ = self.driver.memory_info()
+        return min(room, max(0, free_bytes - self.margin_bytes) // self.layout.page_bytes)
+
+    def _room(self, beyond_limit: bool) -> int:
+        """What is left of the pool's size, and of the limit unless it does not count."""
+        most = self.num_pages if beyond_limit else min(self.limit_pages, self.num_pages)
+        return max(0, most + 1 - self.num_backed)
+
+    def secure(self, num_pages: int, *, beyond_limit: bool = False) -> bool:
         """Back free pages until ``num_pages`` of them can be taken without asking the driver for memory.
 
         Returns False where the limit or the device's memory does not allow it; what could be backed stays backed.
         """
-        while len(self._free_backed) < num_pages:
-            if not self._free_unbacked or self.num_backed > self.limit_pages:
-                return False
+        missing = num_pages - len(self._free_backed)
+        if missing <= 0:
+            return True
+        # Without a margin the driver itself says when memory ends.
+        room = self.creatable(beyond_limit=beyond_limit) if self.margin_bytes else self._room(beyond_limit)
+        for _ in range(min(missing, room)):
             page = self._free_unbacked[-1]
             try:
                 self._back(page)
@@ -104,7 +123,7 @@ class Pages:
                 return False
             self._free_unbacked.pop()
             self._free_backed[page] = 0
-        return True
+        return missing <= room
 
     def take_many(self, num_pages: int) -> list[int]:
         """Take pages out of the free ones: backed ones first, the longest free first.

@@ -18,7 +18,7 @@ from sgl_vtensor.core.epochs import Epochs, Fence
 from sgl_vtensor.core.layout import KVLayout, kv_views
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.rows import PADDING_ROW, Rows
-from sgl_vtensor.errors import DriverError, OutOfMemory, VTensorError
+from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory, VTensorError
 from sgl_vtensor.vmm.driver import VmmDriver
 
 
@@ -28,6 +28,7 @@ class PoolStats:
 
     num_pages: int
     pages_backed: int
+    pages_free_backed: int
     pages_in_use: int
     pages_shared: int
     pages_fenced: int
@@ -35,6 +36,7 @@ class PoolStats:
     rows_parked: int
     mappings: int
     physical_bytes: int
+    limit_pages: int
     limit_bytes: int
     driver_calls: dict[str, int]
 
@@ -87,15 +89,19 @@ class VTensorPool:
         self.num_wanted[slot] = len(prefix)
         self.num_synced[slot] = 0
         self.row_of_slot[slot] = row
+        self.rows.claimed[row] = len(prefix)
         return row
 
     def is_open(self, slot: int) -> bool:
         return bool(self.row_of_slot[slot])
 
-    def grow(self, slots: Sequence[int], lens_tokens: Sequence[int]) -> bool:
+    def grow(self, slots: Sequence[int], lens_tokens: Sequence[int], *, beyond_limit: bool = False) -> bool:
         """Give each request pages for so many tokens. All or nothing.
 
         A free page that a row maps already at the place where it is needed is taken first: it costs no driver call.
+
+        Args:
+            beyond_limit: the scheduler has committed itself to these tokens: only the pool's size bounds them.
 
         Returns False where there are too few pages; then nothing has changed.
         """
@@ -110,7 +116,7 @@ class VTensorPool:
             needs.extend((slot, position) for position in range(int(self.num_wanted[slot]), stop))
         if not needs:
             return True
-        if not self.secure(len(needs)):
+        if not self.secure(len(needs), beyond_limit=beyond_limit):
             return False
         rest: list[tuple[int, int]] = []
         for slot, position in needs:
@@ -123,6 +129,7 @@ class VTensorPool:
             self.wanted[slot, position] = page
         for slot, position in needs:
             self.num_wanted[slot] = position + 1
+            self.rows.claimed[self.row_of_slot[slot]] = position + 1
         return True
 
     def ensure(self, slots: npt.ArrayLike) -> int:
@@ -207,12 +214,12 @@ class VTensorPool:
 
     # Memory.
 
-    def secure(self, num_pages: int) -> bool:
+    def secure(self, num_pages: int, *, beyond_limit: bool = False) -> bool:
         """Make sure that ``num_pages`` pages can be had without any further driver memory.
 
         Where only fenced duplicates are left, waits for the launch under way and maps the tree's pages in their place.
         """
-        if self.pages.secure(num_pages):
+        if self.pages.secure(num_pages, beyond_limit=beyond_limit):
             return True
         if not self.pages.fenced:
             return False
@@ -225,12 +232,14 @@ class VTensorPool:
             if isinstance(error, OutOfMemory):
                 return False
             raise
-        return self.pages.secure(num_pages)
+        return self.pages.secure(num_pages, beyond_limit=beyond_limit)
 
-    def shrink(self, keep_pages: int) -> int:
-        """Release free pages beyond ``keep_pages`` that no launch can read; returns how many."""
+    def shrink(self, keep_pages: int, *, at_most: int | None = None) -> int:
+        """Release free pages beyond ``keep_pages`` that no launch can read, ``at_most`` so many; returns how many."""
         released = 0
         for page in self.pages.releasable(keep_pages, self.epochs.settled):
+            if released == at_most:
+                break
             if not self.rows.can_forget(page):
                 continue
             self.rows.forget(page)
@@ -238,13 +247,20 @@ class VTensorPool:
             released += 1
         return released
 
-    def creatable_pages(self, margin_bytes: int = 0) -> int:
-        """How many more pages the limit and the device's free memory allow."""
-        wanted = min(self.pages.limit_pages, self.pages.num_pages) + 1 - self.pages.num_backed
-        if wanted <= 0:
-            return 0
-        free_bytes, _ = self.driver.memory_info()
-        return min(wanted, max(0, free_bytes - margin_bytes) // self.layout.page_bytes)
+    def set_limit(self, num_pages: int) -> None:
+        """Let so many pages be backed. What is backed beyond it goes by ``shrink``, as it becomes free.
+
+        Raises:
+            ConfigError: the pool has not so many pages, or none is left.
+        """
+        if not 1 <= num_pages <= self.pages.num_pages:
+            raise ConfigError(f"a limit of {num_pages} pages is not between 1 and {self.pages.num_pages}; choose one")
+        self.pages.limit_pages = num_pages
+
+    @property
+    def pages_beyond_limit(self) -> int:
+        """Backed pages that the limit does not allow."""
+        return max(0, self.pages.num_backed - 1 - self.pages.limit_pages)
 
     # Launches.
 
@@ -298,6 +314,7 @@ class VTensorPool:
         return PoolStats(
             num_pages=pages.num_pages,
             pages_backed=pages.num_backed - 1,
+            pages_free_backed=pages.num_free_backed,
             pages_in_use=pages.num_in_use,
             pages_shared=self.pages_shared(),
             pages_fenced=len(pages.fenced),
@@ -305,6 +322,7 @@ class VTensorPool:
             rows_parked=rows.num_parked,
             mappings=rows.num_mappings,
             physical_bytes=pages.num_backed * self.layout.page_bytes,
+            limit_pages=pages.limit_pages,
             limit_bytes=pages.limit_pages * self.layout.page_bytes,
             driver_calls=dict(self.driver.calls),
         )

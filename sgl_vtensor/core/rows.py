@@ -44,6 +44,8 @@ class Rows:
         self.window_bytes = num_rows * self.row_bytes
         self.window_base = self.driver.reserve(self.window_bytes)
         self.mapped = np.zeros((num_rows, max_pages), dtype=np.int32)
+        self.claimed = np.zeros(num_rows, dtype=np.int64)
+        """Positions that a running row's request has had; no launch of its reads behind them."""
         self._high = np.zeros(num_rows, dtype=np.int64)  # positions [high, max_pages) hold nothing
         self._last_epoch = np.zeros(num_rows, dtype=np.int64)
         self._mappers: dict[int, dict[int, None]] = {}  # page -> the places (row * max_pages + position) that map it
@@ -162,6 +164,7 @@ class Rows:
     def retire(self, row: int) -> None:
         """The request has ended: park the row. Launches under way may still read it."""
         epoch = self.epochs.launched
+        self.claimed[row] = 0
         for page in self._duplicates.pop(row, {}).values():
             # Its next content is written by a later launch, in stream order behind the last read.
             self.pages.unfence(page, epoch)
@@ -185,8 +188,11 @@ class Rows:
         if self.epochs.settled == self.epochs.launched:
             return True
         for place in self._mappers.get(page, ()):
-            row = place // self.max_pages
-            if row not in self._parked or self._last_epoch[row] > self.epochs.settled:
+            row, position = divmod(place, self.max_pages)
+            if row in self._parked:
+                if self._last_epoch[row] > self.epochs.settled:
+                    return False
+            elif position < self.claimed[row]:
                 return False
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.errors import VTensorError
 from sgl_vtensor.srt.flags import active_config
+from sgl_vtensor.srt.memory import MemoryPolicy
 from sgl_vtensor.srt.pool import VTensorKVPool
 
 logger = logging.getLogger(__name__)
@@ -32,21 +34,68 @@ class PageCopy:
     len_tokens: int
 
 
-MARGIN_BYTES = 512 << 20
-"""Device memory that is never planned with: other allocations of this process and its neighbours need some."""
-
-
 class VTensorPrefillBudget(PrefillBudget):
-    """Admits no more than the device's memory can back, whatever the books say (design: wall W3)."""
+    """Admits what the limit allows, and no more than memory is found for now, whatever the books say (wall W3).
+
+    What was accepted before the limit fell is served: while nothing runs, the first request is bound by the pool only.
+    """
+
+    allocator: VTensorAllocator
+    tree_cache: Any
+    total_offset: int
+    current_offset: int
+    page_size: int
 
     def __init__(self, allocator: VTensorAllocator, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> None:
         super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
-        self._creatable_tokens = allocator.pool.creatable_pages(allocator.margin_bytes) * allocator.page_size
+        pages = allocator.pool.pages
+        self._most_backed = pages.num_backed + pages.creatable(beyond_limit=True)
+        self._num_mixed = num_mixed_decode_tokens
+        self._nothing_runs = allocator.pool.num_open == 0
+
+    def _beyond_limit(self) -> bool:
+        return self._nothing_runs and self.current_offset == self._num_mixed
 
     def _available_and_evictable(self) -> int:
-        evictable = self.tree_cache.evictable_size()
+        pages = self.allocator.pool.pages
+        most = self._most_backed - 1
+        if not self._beyond_limit():
+            most = min(most, pages.limit_pages)
+        room_tokens = (most - pages.num_in_use) * self.page_size  # negative where the limit has just fallen
+        evictable: int = self.tree_cache.evictable_size()
+        return min(self.allocator.available_size(), room_tokens) + evictable
+
+    def check_prefill(
+        self, *, extend_input_len: int, total_tokens: int, chunk_limit: int | None, **others: Any
+    ) -> tuple[bool, int | None]:
+        fits = super().check_prefill(
+            extend_input_len=extend_input_len, total_tokens=total_tokens, chunk_limit=chunk_limit, **others
+        )
+        now = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
+        return fits if fits[0] and self._secure(now) else (False, None)
+
+    def can_allocate_prefill(self, *, paged_input: int, chunk_limit: int | None, **others: Any) -> bool:
+        now = paged_input if chunk_limit is None else min(paged_input, chunk_limit)
+        return super().can_allocate_prefill(
+            paged_input=paged_input, chunk_limit=chunk_limit, **others
+        ) and self._secure(now)
+
+    def fit_chunk(self, *, extend_input_len: int, max_new_tokens: int, chunk_limit: int) -> int | None:
+        """The next chunk of a prefill under way: the limit does not stop it. Without memory it waits (``None``)."""
+        if self._secure(min(extend_input_len, chunk_limit), beyond_limit=True):
+            return chunk_limit
         ready = self.allocator.pool.pages.num_free_backed * self.page_size
-        return min(self.allocator.available_size(), ready + self._creatable_tokens) + evictable
+        fitting = (ready - self.current_offset) // self.page_size * self.page_size
+        return min(chunk_limit, fitting) if fitting > 0 else None
+
+    def _secure(self, num_tokens: int, *, beyond_limit: bool = False) -> bool:
+        """Take the memory for these tokens and all that was admitted before them in this pass."""
+        admitted = self.ceil_paged_tokens(self.current_offset) + self.ceil_paged_tokens(num_tokens)
+        return self.allocator.secure(
+            admitted // self.page_size + 1 + self._num_mixed,
+            self.tree_cache,
+            beyond_limit=beyond_limit or self._beyond_limit(),
+        )
 
 
 class VTensorAllocator(PagedTokenToKVPoolAllocator):
@@ -59,6 +108,7 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pool: VTensorPool | None = None
+        self._policy: MemoryPolicy | None = None
         self._batch: Any = None
         self._copied: dict[int, tuple[int, int]] = {}
         self.extending = False
@@ -66,11 +116,11 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         """Beginnings of cached pages to copy into requests' own pages, before anything else of the next launch."""
         super().__init__(*args, **kwargs)
         self.free_pages = torch.empty(0, dtype=torch.int64)  # so SGLang's page check asks ``get_all_free_pages``
-        self.margin_bytes = MARGIN_BYTES if self._kvcache.pages.driver.name == "cuda" else 0
 
-    def attach(self, pool: VTensorPool) -> None:
+    def attach(self, pool: VTensorPool, policy: MemoryPolicy) -> None:
         """The rows exist now; allocation may begin."""
         self._pool = pool
+        self._policy = policy
 
     @property
     def pool(self) -> VTensorPool:
@@ -82,6 +132,8 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
     def serving(self, batch: Any, *, extending: bool) -> Iterator[None]:
         """Allocate for this batch: its requests, in its order."""
         self.pool.drain(in_flight=1 if batch.enable_overlap else 0)
+        if self._policy is not None:
+            self._policy.step(batch.tree_cache, time.monotonic())
         self._batch, self.extending = batch, extending
         try:
             yield
@@ -103,13 +155,29 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
     def check_decode_capacity(
         self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
     ) -> bool:
-        """Whether the next step's pages are there, physically; SGLang retracts requests until they are."""
+        """Whether the next step's pages are there, physically; SGLang retracts requests until they are.
+
+        It aborts the last one rather than retract it, so that one is not held to the limit.
+        """
         if not super().check_decode_capacity(
             num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
         ):
             return False
-        num_pages = -(-num_tokens // self.page_size)
-        return self.pool.secure(num_pages) or self._evict_until(lambda: self.pool.secure(num_pages), tree_cache)
+        is_last = requests is not None and len(requests) <= 1
+        return self.secure(-(-num_tokens // self.page_size), tree_cache, beyond_limit=is_last)
+
+    def secure(self, num_pages: int, tree_cache: Any, *, beyond_limit: bool = False) -> bool:
+        """Take memory for so many pages, from cached prefixes if need be; leave those alone if it would not help."""
+        pool, pages = self.pool, self.pool.pages
+        if pool.secure(num_pages, beyond_limit=beyond_limit):
+            return True
+        evictable = tree_cache.evictable_size() // self.page_size
+        if (
+            pages.num_free_backed + len(pages.fenced) + evictable + pages.creatable(beyond_limit=beyond_limit)
+            < num_pages
+        ):
+            return False
+        return self._evict_until(lambda: pool.secure(num_pages, beyond_limit=beyond_limit), tree_cache)
 
     # Allocation.
 
@@ -179,7 +247,7 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         return self._batch
 
     def _grow(self, slots: list[int], stops: list[int], tree_cache: Any) -> bool:
-        grow = lambda: self.pool.grow(slots, stops)  # noqa: E731
+        grow = lambda: self.pool.grow(slots, stops, beyond_limit=True)  # noqa: E731
         return grow() or self._evict_until(grow, tree_cache)
 
     def _evict_until(self, succeeds: Callable[[], bool], tree_cache: Any) -> bool:

@@ -105,6 +105,18 @@ HOOKS: tuple[Hook, ...] = (
         runtime.add_internal_state,
         "the vtensor section of /server_info",
     ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._update_handlers",
+        HookType.AFTER,
+        runtime.add_update_handlers,
+        "POST /set_internal_state moves the memory limit, on all ranks in the same step",
+    ),
+    Hook(
+        "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
+        HookType.AFTER,
+        runtime.bound_requests,
+        "a request that does not fit the memory limit is refused when it comes",
+    ),
 )
 
 

@@ -104,6 +104,28 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
         help="After so long without work, give the memory of free pages back to the device. Default: 10; 0: never.",
     )
     group.add_argument(
+        "--vtensor-memory-limit",
+        metavar="SIZE",
+        help="KV memory that may be taken, like 24GiB, or 60%% of what the pool can hold; 'sgl-vtensor limit' moves it "
+        "while the server runs. Default: 100%%.",
+    )
+    group.add_argument(
+        "--vtensor-reserve",
+        metavar="SIZE",
+        help="Free pages to keep ready ahead of need, like 256MiB or 1%%. Default: 1%% on CUDA, nothing on the host.",
+    )
+    group.add_argument(
+        "--vtensor-cache-seconds",
+        type=float,
+        metavar="S",
+        help="Drop cached prefixes that nobody has asked for in so long. Default: 600; 0: never.",
+    )
+    group.add_argument(
+        "--vtensor-cache-keep",
+        metavar="SIZE",
+        help="Keep so much of the cache however old it is, like 2GiB or 10%%. Default: 0%%.",
+    )
+    group.add_argument(
         "--vtensor-debug",
         action="store_true",
         default=None,

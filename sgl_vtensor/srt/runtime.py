@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from sglang.srt.runtime_context import get_parallel
 
 from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.pool import VTensorPool
@@ -19,6 +20,7 @@ from sgl_vtensor.errors import ConfigError, OutOfMemory
 from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.debug import DebugChecker
 from sgl_vtensor.srt.flags import active_config
+from sgl_vtensor.srt.memory import LimitHandler, MemoryPolicy
 from sgl_vtensor.srt.pool import VTensorKVPool
 
 logger = logging.getLogger(__name__)
@@ -33,8 +35,6 @@ MAX_VIEWS = 8
 """Requests that FlashAttention-3 reads through views, one launch each; a larger batch is read at its homes in one."""
 MAX_MAPPINGS_AHEAD = 8
 """Mappings that a prefill waits for; where its rows lack more, it is read at its homes."""
-PAGES_RELEASED_AT_ONCE = 64
-"""An idle server gives memory back in steps of a few milliseconds, so that a request that comes waits no longer."""
 
 
 class Runtime:
@@ -45,9 +45,16 @@ class Runtime:
     """
 
     def __init__(
-        self, pool: VTensorPool, allocator: VTensorAllocator, config: VTensorConfig, *, dense_capacity: int
+        self,
+        pool: VTensorPool,
+        allocator: VTensorAllocator,
+        policy: MemoryPolicy,
+        config: VTensorConfig,
+        *,
+        dense_capacity: int,
     ) -> None:
         self.pool = pool
+        self.policy = policy
         self.allocator = allocator
         self.config = config
         self.dense_capacity = dense_capacity
@@ -62,8 +69,6 @@ class Runtime:
         self._bytes = pool.pages.tensor()
         self.words = self._bytes.view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
-        self.pages_released = 0
-        self._idle_since: float | None = None
         self._checker = DebugChecker(self) if config.debug else None
 
     # SGLang's auxiliary cache.
@@ -110,7 +115,6 @@ class Runtime:
 
     def begin_launch(self, batch: Any) -> None:
         """On the forward stream, before anything of this launch: device work that page turnover left behind."""
-        self._idle_since = None
         slots = batch.req_pool_indices_cpu.numpy()
         many = batch.forward_mode.is_extend() and len(slots) > MAX_VIEWS
         self.launch_reads_homes = self.can_read_homes and (many or not self.pool.is_synced(slots))
@@ -132,6 +136,7 @@ class Runtime:
             self.pool.launch(event)
         else:
             self.pool.launch(None)
+        self.policy.launched()
         if self.can_read_homes:
             self._map_ahead(batch)
 
@@ -142,22 +147,10 @@ class Runtime:
         elif batch.chunked_req is not None and batch.chunked_req.kv.holds_kv:
             self._map([batch.chunked_req.kv.req_pool_idx])
 
-    def idle(self, now: float) -> None:
-        """No batch is in flight. SGLang comes here again and again while there is nothing to do.
-
-        Args:
-            now: seconds of a monotonic clock.
-        """
+    def idle(self, tree_cache: Any, now: float) -> None:
+        """No batch is in flight. ``now``: seconds of ``time.monotonic``."""
         self.pool.drain(in_flight=0)
-        if self._idle_since is None:
-            self._idle_since = now
-        seconds = self.config.idle_seconds
-        if not seconds or now - self._idle_since < seconds or not self.pool.pages.num_free_backed:
-            return
-        keep_pages = max(0, self.pool.pages.num_free_backed - PAGES_RELEASED_AT_ONCE)
-        self.pages_released += self.pool.shrink(keep_pages)
-        if not self.pool.pages.num_free_backed:
-            logger.info("vTensor memory: idle, %d pages given back since the start", self.pages_released)
+        self.policy.idle(tree_cache, now)
 
     def rows_of_launch(self) -> npt.NDArray[np.int32] | None:
         """Rows of the batch that is being launched; None in dummy and capture runs, which use the padding row."""
@@ -193,7 +186,10 @@ class Runtime:
             "driver": self.pool.driver.name,
             "kernel": self.config.kernel,
             "tokens_copied": self.tokens_copied,
-            "pages_released": self.pages_released,
+            "pages_released": self.policy.pages_released,
+            "pages_evicted_by_limit": self.policy.pages_evicted_by_limit,
+            "pages_evicted_by_age": self.policy.pages_evicted_by_age,
+            "reserve_pages": self.policy.reserve_pages,
             "page_tokens": layout.page_tokens,
             "token_stride_bytes": layout.token_stride_bytes,
             "page_bytes": layout.page_bytes,
@@ -222,8 +218,9 @@ def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
         num_rows=num_rows,
         max_mappings=_max_mappings(pages.driver.name, pages.num_pages, pages.layout.num_pages(slots.max_context_len)),
     )
-    allocator.attach(pool)
-    runner.vtensor = Runtime(pool, allocator, config, dense_capacity=runner.max_total_num_tokens)
+    policy = MemoryPolicy(pool, config, num_ranks=get_parallel().tp_size)
+    allocator.attach(pool, policy)
+    runner.vtensor = Runtime(pool, allocator, policy, config, dense_capacity=runner.max_total_num_tokens)
     runner.vtensor.zero_fresh_pages()
     slots.attach_aux_cache(runner.vtensor)
     logger.info(
@@ -308,7 +305,7 @@ def on_idle(scheduler: Any) -> None:
     """Hook: no batch is in flight."""
     runtime = runtime_of(scheduler.tp_worker.model_runner)
     if runtime is not None:
-        runtime.idle(time.monotonic())
+        runtime.idle(scheduler.tree_cache, time.monotonic())
 
 
 def add_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> Any:
@@ -318,3 +315,22 @@ def add_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) 
     if runtime is not None:
         result.internal_state["vtensor"] = runtime.stats(scheduler.tree_cache)
     return result
+
+
+def bound_requests(result: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+    """Hook: the longest request that SGLang accepts, within the limit."""
+    runtime = runtime_of(worker.model_runner)
+    if runtime is None:
+        return result
+    runtime.policy.full_request_lens = result[4], result[5]
+    return (*result[:4], *runtime.policy.request_lens(), *result[6:])
+
+
+def add_update_handlers(result: dict[str, Any], controller: Any) -> dict[str, Any]:
+    """Hook: the limit among the things that ``POST /set_internal_state`` changes."""
+    from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected
+
+    runtime = runtime_of(controller.scheduler.tp_worker.model_runner)
+    if runtime is None:
+        return result
+    return result | {LimitHandler.KEY: LimitHandler(runtime.policy, controller.scheduler, UpdateRejected)}

@@ -513,7 +513,7 @@ class Server:
     def _budget(self) -> int:
         """``VTensorPrefillBudget``, in pages."""
         pages = self.pool.pages
-        ready = pages.num_free_backed + self.pool.creatable_pages()
+        ready = pages.num_free_backed + self.pool.pages.creatable()
         return min(pages.num_available, ready) + self.tree.num_evictable()
 
     def _decode(self) -> list[Part]:

@@ -89,13 +89,13 @@ def adopt_forgets_the_ledger(patch: Patch) -> None:
 def duplicates_are_released_while_read(patch: Patch) -> None:
     """Missed wait before resync: the tree's page is mapped under a running launch."""
 
-    def secure(self: VTensorPool, num_pages: int) -> bool:
-        if self.pages.secure(num_pages):
+    def secure(self: VTensorPool, num_pages: int, *, beyond_limit: bool = False) -> bool:
+        if self.pages.secure(num_pages, beyond_limit=beyond_limit):
             return True
         settled, self.epochs.settled = self.epochs.settled, self.epochs.launched
         self.rows.release_duplicates({int(row): self.wanted[slot] for slot, row in enumerate(self.row_of_slot) if row})
         self.epochs.settled = settled
-        return self.pages.secure(num_pages)
+        return self.pages.secure(num_pages, beyond_limit=beyond_limit)
 
     patch.setattr(VTensorPool, "secure", secure)
 

@@ -174,8 +174,10 @@ def test_creatable_pages(
     assert pool.secure(2)
     pool.pages.limit_pages = limit
     driver.capacity_bytes = max(capacity_pages * pool.layout.page_bytes, driver.physical_bytes)
-    assert pool.creatable_pages() == creatable
-    assert pool.creatable_pages(margin_bytes=driver.capacity_bytes) == 0
+    assert pool.pages.creatable() == creatable
+    pool.pages.margin_bytes = driver.capacity_bytes
+    assert pool.pages.creatable() == 0
+    assert not pool.secure(3), "the margin is left to others"
 
 
 def test_reset_forgets_requests_and_keeps_memory_and_mappings(pool: VTensorPool, driver: HostDriver) -> None:

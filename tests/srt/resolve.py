@@ -32,7 +32,13 @@ def resolve(argv: list[str]) -> dict[str, Any]:
         return {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
     view = resolved_view(server_args)
     config = getattr(server_args, "_vtensor_config", None)
-    return {name: getattr(view, name) for name in FIELDS} | {"config": config and vars(config)}
+    return {name: getattr(view, name) for name in FIELDS} | {
+        "config": config and {name: _plain(value) for name, value in vars(config).items()}
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def main() -> None:

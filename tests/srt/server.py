@@ -44,7 +44,9 @@ _COMMON = (
 VTENSOR = ("--enable-vtensor", f"--vtensor-page-tokens={PAGE_TOKENS}")
 
 _BAD = re.compile(r"Traceback|\bleak|[A-Za-z]*Error\b|\berror:|Exception|use-after-free|double free", re.IGNORECASE)
-_HARMLESS = re.compile(r"ServerArgs\(|server_args=|Ignore import error|ImportError|ModuleNotFoundError")
+_HARMLESS = re.compile(
+    r"ServerArgs\(|server_args=|Ignore import error|ImportError|ModuleNotFoundError|exceeds the maximum allowed"
+)
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -20,7 +20,7 @@ from sgl_vtensor.srt import flags
 
 pytestmark = pytest.mark.server
 
-OURS = ("--enable-vtensor", "--vtensor-page-tokens", "--vtensor-kernel", "--vtensor-num-rows", "--vtensor-debug")
+OURS = ("--enable-vtensor", "--vtensor-page-tokens", "--vtensor-kernel", "--vtensor-memory-limit", "--vtensor-debug")
 
 Resolve = Callable[..., dict[str, Any]]
 
@@ -76,6 +76,9 @@ def test_flags_reach_the_config(resolve: Resolve) -> None:
         "--vtensor-page-tokens=16",
         "--vtensor-kernel=torch",
         "--vtensor-num-rows=99",
+        "--vtensor-memory-limit=60%",
+        "--vtensor-reserve=8MiB",
+        "--vtensor-cache-seconds=5",
         "--vtensor-debug",
     )
     assert result["config"] == {
@@ -83,6 +86,10 @@ def test_flags_reach_the_config(resolve: Resolve) -> None:
         "kernel": "torch",
         "num_rows": 99,
         "idle_seconds": 10.0,
+        "memory_limit": "60%",
+        "reserve": "8MiB",
+        "cache_seconds": 5.0,
+        "cache_keep": "0%",
         "debug": True,
     }
     assert (result["page_size"], result["attention_backend"], result["radix_cache_backend"]) == (
@@ -132,6 +139,10 @@ def test_flags_without_the_switch(resolve: Resolve, flag: str) -> None:
         (["--vtensor-page-tokens=0"], ["page_tokens is 0", "between 1 and"]),
         (["--vtensor-page-tokens=-1"], ["page_tokens is -1", "between 1 and"]),
         (["--vtensor-page-tokens=5000"], ["page_tokens is 5000", "between 1 and"]),
+        (["--vtensor-memory-limit=12"], ["--vtensor-memory-limit='12'", "24GiB"]),
+        (["--vtensor-memory-limit=101%"], ["--vtensor-memory-limit='101%'", "at most 100%"]),
+        (["--vtensor-reserve=lots"], ["--vtensor-reserve='lots'", "512MiB"]),
+        (["--vtensor-cache-seconds=-1"], ["cache_seconds is -1", "0 for never"]),
         (["--vtensor-num-rows=1"], ["num_rows is 1", "at least 2"]),
         (["--page-size=8", "--vtensor-page-tokens=16"], ["--page-size 8", "16 tokens", "--vtensor-page-tokens 8"]),
         (["--vtensor-page-tokens=16", "--chunked-prefill-size=40"], ["--chunked-prefill-size 40", "16 tokens"]),

@@ -16,7 +16,8 @@ from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.errors import OutOfMemory
 from sgl_vtensor.srt.allocator import PageCopy
-from sgl_vtensor.srt.runtime import MAX_MAPPINGS_AHEAD, MAX_VIEWS, PAGES_RELEASED_AT_ONCE, Runtime
+from sgl_vtensor.srt.memory import MemoryPolicy
+from sgl_vtensor.srt.runtime import MAX_MAPPINGS_AHEAD, MAX_VIEWS, Runtime
 from sgl_vtensor.vmm.faults import Fault, FaultyDriver
 from sgl_vtensor.vmm.host import HostDriver
 
@@ -39,7 +40,9 @@ class World:
         )
         self.pool = VTensorPool(Pages(driver, layout, 600), num_slots=NUM_SLOTS, max_len_tokens=40 * 16)
         self.allocator: Any = SimpleNamespace(extending=True, copies=[])
-        self.runtime = Runtime(self.pool, self.allocator, VTensorConfig(), dense_capacity=600 * 16)
+        config = VTensorConfig()
+        policy = MemoryPolicy(self.pool, config)
+        self.runtime = Runtime(self.pool, self.allocator, policy, config, dense_capacity=600 * 16)
 
     def prefill(self, slots: list[int], num_pages: int, *, chunked: int | None = None) -> bool:
         """Open the requests, allocate, launch; whether the launch read homes."""
@@ -130,39 +133,6 @@ def test_without_a_mapping_left_the_homes_are_read(world: World) -> None:
     with pytest.raises(OutOfMemory):
         world.decode([1])
     world.driver.plan.clear()
-
-
-def test_an_idle_server_gives_memory_back_in_steps(world: World) -> None:
-    slots = list(range(1, 11))
-    world.prefill(slots, 20)
-    for slot in slots:
-        world.pool.free(world.pool.pages_of(slot, 0, 20))
-        world.pool.close(slot)
-    world.runtime.idle(100.0)
-    world.runtime.idle(109.9)
-    assert world.pool.pages.num_free_backed == 200
-    world.runtime.idle(110.0)
-    assert world.pool.pages.num_free_backed == 200 - PAGES_RELEASED_AT_ONCE
-    for _ in range(3):
-        world.runtime.idle(110.1)
-    assert world.pool.pages.num_free_backed == 0
-    assert world.pool.stats().physical_bytes == world.pool.layout.page_bytes, "the padding page stays"
-    assert world.runtime.pages_released == 200
-    world.prefill([1], 20)
-    world.runtime.idle(120.0)
-    assert world.pool.pages.num_in_use == 20
-
-
-def test_work_puts_giving_back_off(world: World) -> None:
-    world.prefill([1], 3)
-    world.pool.free(world.pool.pages_of(1, 0, 3))
-    world.pool.close(1)
-    world.runtime.idle(0.0)
-    world.prefill([2], 1)
-    world.runtime.idle(11.0)
-    assert world.pool.pages.num_free_backed == 2
-    world.runtime.idle(21.0)
-    assert world.pool.pages.num_free_backed == 0
 
 
 def test_copies_and_zeroing_precede_the_launch(world: World) -> None:

@@ -1,0 +1,65 @@
+"""What the commands ask of a running server, over the port that it serves on."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+
+from sgl_vtensor.errors import VTensorError
+
+KEY_VARIABLE = "SGLANG_API_KEY"
+TIMEOUT_SECONDS = 30.0
+
+
+class Client:
+    """One server.
+
+    Args:
+        url: like ``http://127.0.0.1:30000``; the scheme may be left out.
+        api_key: sent as a bearer token; by default what ``SGLANG_API_KEY`` holds.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        self.api_key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
+
+    def get(self, path: str) -> Any:
+        return self._ask(urllib.request.Request(self.url + path))
+
+    def post(self, path: str, body: Any) -> Any:
+        headers = {"content-type": "application/json"}
+        return self._ask(urllib.request.Request(self.url + path, json.dumps(body).encode(), headers))
+
+    def figures(self) -> list[dict[str, Any]]:
+        """The vtensor section of ``/server_info``, one for each replica.
+
+        Raises:
+            VTensorError: the server runs without vTensor memory, or cannot be asked.
+        """
+        states = self.get("/server_info").get("internal_states", [])
+        figures = [state["vtensor"] for state in states if "vtensor" in state]
+        if not figures:
+            raise VTensorError(f"the server at {self.url} runs without vTensor memory; start it with --enable-vtensor")
+        return figures
+
+    def _ask(self, request: urllib.request.Request) -> Any:
+        if self.api_key:
+            request.add_header("authorization", f"Bearer {self.api_key}")
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise VTensorError(
+                    f"{self.url} wants another API key; pass the server's --admin-api-key or --api-key with --api-key, "
+                    f"or in {KEY_VARIABLE}"
+                ) from error
+            raise VTensorError(f"{request.full_url} answered {error.code} {error.reason}") from error
+        except json.JSONDecodeError as error:
+            raise VTensorError(f"{self.url} does not answer like an SGLang server; check the address") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise VTensorError(f"{self.url} cannot be reached ({reason}); is the server running?") from error

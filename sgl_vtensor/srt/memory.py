@@ -1,0 +1,198 @@
+"""When memory is taken and when it is given back: ahead of need, under a limit that moves, when idle, for neighbours.
+
+All of it happens between two launches, on the scheduler's thread, in steps of a few milliseconds. What evicts cached
+prefixes changes what SGLang admits, so tensor-parallel ranks must agree on it: the limit does (SGLang brings it to all
+ranks in the same step), clocks and free memory do not, so with several ranks nothing is evicted because of those.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+from sgl_vtensor.config import Size, VTensorConfig, format_bytes
+from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+PAGES_RELEASED_AT_ONCE = 64
+"""Giving back a page takes some tens of microseconds, and a batch may be waiting to be launched."""
+PAGES_CREATED_AT_ONCE = 8
+LOOK_SECONDS = 0.5
+"""How often the age of the cache and the device's free memory are looked at."""
+MARGIN_BYTES = 512 << 20
+"""Device memory that is never taken: other allocations of this process and its neighbours need some."""
+NEIGHBOUR_SECONDS = 30.0
+"""While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
+
+
+class MemoryPolicy:
+    """The limit, the reserve, and what becomes of memory that nobody needs now."""
+
+    def __init__(self, pool: VTensorPool, config: VTensorConfig, *, num_ranks: int = 1) -> None:
+        self.pool = pool
+        self.config = config
+        self._alone = num_ranks == 1
+        self._on_cuda = pool.driver.name == "cuda"
+        pool.pages.margin_bytes = MARGIN_BYTES if self._on_cuda else 0
+        self.capacity_bytes = pool.pages.num_pages * pool.layout.page_bytes
+        self.set_limit((config.memory_limit or Size("100%", 1.0, True)).bytes_of(self.capacity_bytes))
+        reserve = config.reserve or (Size("1%", 0.01, True) if self._on_cuda else Size("0%", 0.0, True))
+        self.reserve_pages = self._num_pages(reserve)
+        self._keep_pages = self._num_pages(config.cache_keep)
+        self.full_request_lens = (0, 0)
+        """SGLang's bounds when there is no limit."""
+        self._idle_since: float | None = None
+        self._next_look = 0.0
+        self.pages_released = 0
+        """Given back to the device since the start."""
+        self.pages_evicted_by_limit = 0
+        self.pages_evicted_by_age = 0
+
+    def _num_pages(self, size: Size) -> int:
+        return size.bytes_of(self.capacity_bytes) // self.pool.layout.page_bytes
+
+    # The limit.
+
+    def set_limit(self, num_bytes: int) -> None:
+        """Let the pool hold so much. Memory follows in the next steps; nothing that runs is stopped.
+
+        Raises:
+            ConfigError: the pool cannot hold so much, or not one page fits.
+        """
+        self.check_limit(num_bytes)
+        self.pool.set_limit(num_bytes // self.pool.layout.page_bytes)
+
+    def check_limit(self, num_bytes: int) -> None:
+        """Raise what ``set_limit`` would."""
+        page_bytes = self.pool.layout.page_bytes
+        if not page_bytes <= num_bytes <= self.capacity_bytes:
+            raise ConfigError(
+                f"a memory limit of {num_bytes} bytes cannot be set: give at least one page "
+                f"({format_bytes(page_bytes)}) and at most what the pool can hold "
+                f"({format_bytes(self.capacity_bytes)}; --mem-fraction-static or --max-total-tokens decides)"
+            )
+
+    def request_lens(self) -> tuple[int, int]:
+        """SGLang's bounds on a request and on its prompt, in tokens: what does not fit the limit is refused at once.
+
+        Requests that were accepted before are served all the same, each alone if need be (``VTensorPrefillBudget``).
+        """
+        len_tokens, input_len_tokens = self.full_request_lens
+        cut = max(0, len_tokens - (self.pool.pages.limit_pages * self.pool.layout.page_tokens - 1))
+        return len_tokens - cut, input_len_tokens - cut
+
+    # What happens between launches.
+
+    def step(self, tree_cache: Any, now: float) -> None:
+        """Between two launches. ``now``: seconds of ``time.monotonic``, the clock of SGLang's tree."""
+        if self.pool.pages_beyond_limit:
+            self._follow_limit(tree_cache)
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            if self._alone:
+                self._drop_old(tree_cache, now)
+            self._yield_to_neighbours(tree_cache, now)
+
+    def launched(self) -> None:
+        """Behind a launch, while the GPU computes: a few pages ahead of need, so that a decode step waits for none."""
+        self._idle_since = None
+        ready = self.pool.pages.num_free_backed
+        if ready < self.reserve_pages:
+            self.pool.pages.secure(min(self.reserve_pages, ready + PAGES_CREATED_AT_ONCE))
+
+    def idle(self, tree_cache: Any, now: float) -> None:
+        """No batch is in flight. SGLang comes here again and again while there is nothing to do."""
+        self.step(tree_cache, now)
+        if self._idle_since is None:
+            self._idle_since = now
+        seconds = self.config.idle_seconds
+        if not seconds or now - self._idle_since < seconds or not self.pool.pages.num_free_backed:
+            return
+        self._release(0, PAGES_RELEASED_AT_ONCE)
+        if not self.pool.pages.num_free_backed:
+            logger.info("vTensor memory: idle, %d pages given back since the start", self.pages_released)
+
+    def _follow_limit(self, tree_cache: Any) -> None:
+        """Cached prefixes go first. Requests that run keep what they have: admission waits for them."""
+        pages = self.pool.pages
+        excess = min(pages.num_in_use - pages.limit_pages, PAGES_RELEASED_AT_ONCE)
+        if excess > 0:
+            self.pages_evicted_by_limit += self._evict(tree_cache, excess)
+        self._release(max(0, pages.num_free_backed - self.pool.pages_beyond_limit), PAGES_RELEASED_AT_ONCE)
+
+    def _drop_old(self, tree_cache: Any, now: float) -> None:
+        seconds = self.config.cache_seconds
+        surplus = tree_cache.evictable_size() // self.pool.layout.page_tokens - self._keep_pages
+        if seconds and surplus > 0:
+            old = min(surplus, self._old_pages(tree_cache, now - seconds))
+            self.pages_evicted_by_age += self._evict(tree_cache, old)
+
+    def _yield_to_neighbours(self, tree_cache: Any, now: float) -> None:
+        """Servers that share a device settle without talking: each lets go of what it needs least when memory is short.
+
+        The reserve stays, so that what is let go here is not taken again by the next step.
+        """
+        margin_bytes = self.pool.pages.margin_bytes
+        if not margin_bytes:
+            return
+        free_bytes, _ = self.pool.driver.memory_info()
+        short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
+        if short <= 0:
+            return
+        short -= self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE))
+        if short > 0 and self._alone:
+            old = self._old_pages(tree_cache, now - NEIGHBOUR_SECONDS)
+            self.pages_evicted_by_age += self._evict(tree_cache, min(short, old))
+
+    def _old_pages(self, tree_cache: Any, before: float) -> int:
+        """Pages of leaves that nobody asked for since ``before``; their parents are leaves at the next look."""
+        leaves = getattr(tree_cache, "evictable_leaves", ())
+        return sum(len(leaf.value.pages) for leaf in leaves if leaf.last_access_time < before)
+
+    def _evict(self, tree_cache: Any, num_pages: int) -> int:
+        """Evict at least so many pages' worth of leaves, as SGLang's eviction policy ranks them."""
+        if num_pages <= 0:
+            return 0
+        page_tokens = self.pool.layout.page_tokens
+        evicted: int = tree_cache.evict(EvictParams(num_tokens=num_pages * page_tokens)).num_tokens_evicted
+        return evicted // page_tokens
+
+    def _release(self, keep_pages: int, at_most: int) -> int:
+        released = self.pool.shrink(keep_pages, at_most=at_most)
+        self.pages_released += released
+        return released
+
+
+class LimitHandler:
+    """How ``POST /set_internal_state`` with ``{"server_args": {"vtensor_memory_limit_bytes": N}}`` moves the limit.
+
+    SGLang brings an update, which may hold only numbers, to all ranks and guards it by its API keys.
+    """
+
+    KEY = "vtensor_memory_limit_bytes"
+
+    def __init__(self, policy: MemoryPolicy, scheduler: Any, rejection: type[Exception]) -> None:
+        self.policy = policy
+        self.scheduler = scheduler
+        self.rejection = rejection
+
+    def validate(self, key: str, value: float) -> None:
+        try:
+            self.policy.check_limit(int(value))
+        except ConfigError as error:
+            raise self.rejection(str(error)) from error
+
+    def apply(self, key: str, value: float) -> None:
+        self.policy.set_limit(int(value))
+        self.scheduler.max_req_len, self.scheduler.max_req_input_len = self.policy.request_lens()
+        pages, page_bytes = self.policy.pool.pages, self.policy.pool.layout.page_bytes
+        logger.info(
+            "vTensor memory: the limit is %s now; %s are backed, %s in use",
+            format_bytes(pages.limit_pages * page_bytes),
+            format_bytes(pages.num_backed * page_bytes),
+            format_bytes(pages.num_in_use * page_bytes),
+        )

@@ -1,0 +1,144 @@
+"""The memory limit of a running server, moved over its own port, and SGLang's own calls that give memory back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import Start, StockAnswers
+from server import PAGE_TOKENS, VTENSOR, SGLangServer, generate_body
+
+from sgl_vtensor.cli.client import KEY_VARIABLE
+from sgl_vtensor.cli.main import main
+
+pytestmark = pytest.mark.server
+
+KEY = "a-key-of-the-admin"
+NUM_PAGES = 2048 // PAGE_TOKENS
+IDLE_SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def running(start: Start) -> Iterator[SGLangServer]:
+    flags = (f"--admin-api-key={KEY}", f"--vtensor-idle-seconds={IDLE_SECONDS}", "--vtensor-cache-seconds=6")
+    with start(*VTENSOR, *flags, "--max-total-tokens=2048", "--vtensor-memory-limit=90%", "--vtensor-debug") as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: SGLangServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[SGLangServer]:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    yield running
+    limit(running, "100%")
+    running.check_healthy()
+
+
+def limit(server: SGLangServer, size: str) -> int:
+    return main(["limit", f"127.0.0.1:{server.port}", size, "--wait=0"])
+
+
+def wait_for_pages(server: SGLangServer, most: int, seconds: float) -> dict[str, int]:
+    deadline = time.monotonic() + seconds
+    while (figures := server.vtensor())["pages_backed"] > most:
+        assert time.monotonic() < deadline, figures
+        time.sleep(0.05)
+    return figures
+
+
+def test_the_limit_of_the_start_is_kept(server: SGLangServer, stock: StockAnswers) -> None:
+    assert server.vtensor()["limit_pages"] == NUM_PAGES * 9 // 10
+    for expected in stock.hungry:
+        assert server.generate(expected.prompt, expected.tokens).output_ids == expected.output_ids
+        assert server.vtensor()["pages_backed"] <= NUM_PAGES * 9 // 10
+
+
+def test_a_limit_that_falls_and_rises_under_load_fails_no_request(server: SGLangServer, stock: StockAnswers) -> None:
+    """More than once round, so that requests of every kind meet it."""
+    done = threading.Event()
+
+    def move() -> int:
+        moves = 0
+        while not done.is_set():
+            assert limit(server, "45%" if moves % 2 == 0 else "100%") == 0
+            moves += 1
+            done.wait(0.4)
+        return moves
+
+    with ThreadPoolExecutor(9) as executor:
+        moving = executor.submit(move)
+        try:
+            for _ in range(2):
+                asked = [*stock.mixed, *stock.hungry[:3]]
+                answers = list(executor.map(lambda one: server.generate(one.prompt, one.tokens), asked))
+                assert [one.output_ids for one in answers] == [one.output_ids for one in asked]
+        finally:
+            done.set()
+        assert moving.result() >= 10
+    assert limit(server, "20%") == 0
+    figures = wait_for_pages(server, NUM_PAGES // 5, seconds=2)
+    assert figures["pages_evicted_by_limit"] > 0
+
+
+def test_what_does_not_fit_the_limit_is_refused_when_it_comes(server: SGLangServer, stock: StockAnswers) -> None:
+    long, short = stock.mixed[17], stock.mixed[5]
+    assert limit(server, "20%") == 0
+    refused = server.post("/generate", generate_body(long.prompt, 8))
+    assert refused.status_code == 400 and "600" in refused.text, refused.text
+    assert server.generate(short.prompt).output_ids == short.output_ids
+    assert limit(server, "100%") == 0
+    assert server.generate(long.prompt).output_ids == long.output_ids
+
+
+def test_what_was_accepted_before_the_limit_fell_is_served(server: SGLangServer, stock: StockAnswers) -> None:
+    asked = stock.hungry[:4]
+    with ThreadPoolExecutor(4) as executor:
+        answers = [executor.submit(server.generate, one.prompt, one.tokens) for one in asked]
+        time.sleep(0.5)
+        assert limit(server, "5%") == 0
+        assert [one.result().output_ids for one in answers] == [one.output_ids for one in asked]
+    wait_for_pages(server, NUM_PAGES // 20, seconds=2)
+
+
+def test_an_idle_server_gives_all_back_in_the_end(server: SGLangServer, stock: StockAnswers) -> None:
+    expected = stock.mixed[17]
+    assert server.generate(expected.prompt).output_ids == expected.output_ids
+    assert server.vtensor()["pages_cached"] > 600 // PAGE_TOKENS
+    wait_for_pages(server, 0, seconds=6 + 2 * IDLE_SECONDS + 3)
+    assert server.vtensor()["pages_evicted_by_age"] > 0
+    assert server.generate(expected.prompt).output_ids == expected.output_ids
+
+
+def test_release_and_resume_memory_occupation(server: SGLangServer, stock: StockAnswers) -> None:
+    expected = stock.mixed[16]
+    server.generate(expected.prompt)
+    server.wait_idle()
+    authorized = {"headers": {"authorization": f"Bearer {KEY}"}}
+    assert server.post("/release_memory_occupation", {"tags": ["kv_cache"]}, **authorized).ok
+    assert server.vtensor()["pages_backed"] == 0
+    assert server.post("/resume_memory_occupation", {"tags": ["kv_cache"]}, **authorized).ok
+    assert server.generate(expected.prompt).output_ids == expected.output_ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["1TiB"], "at most what the pool can hold"),
+        (["0%"], "at least one page"),
+        (["much"], "24GiB"),
+        (["50%", "--api-key=wrong"], "wants another API key"),
+    ],
+)
+def test_a_limit_that_is_refused(
+    server: SGLangServer, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(["limit", f"http://127.0.0.1:{server.port}", *arguments]) == 1
+    assert said in capsys.readouterr().err
+    assert server.vtensor()["limit_pages"] == NUM_PAGES
+
+
+def test_without_a_size_it_is_shown(server: SGLangServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["limit", f"http://127.0.0.1:{server.port}"]) == 0
+    assert "limit 8.00 MiB of 8.00 MiB, backed " in capsys.readouterr().out

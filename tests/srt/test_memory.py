@@ -1,0 +1,333 @@
+"""When memory is taken and given back: ``MemoryPolicy`` and the prefill budget over a real pool on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+from sgl_vtensor.config import Size, VTensorConfig, parse_size
+from sgl_vtensor.core.layout import plan_layout
+from sgl_vtensor.core.pages import Pages
+from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.errors import ConfigError
+from sgl_vtensor.srt.allocator import VTensorAllocator, VTensorPrefillBudget
+from sgl_vtensor.srt.memory import (
+    LOOK_SECONDS,
+    NEIGHBOUR_SECONDS,
+    PAGES_CREATED_AT_ONCE,
+    PAGES_RELEASED_AT_ONCE,
+    LimitHandler,
+    MemoryPolicy,
+)
+from sgl_vtensor.vmm.host import HostDriver
+
+PAGE_TOKENS = 16
+NUM_PAGES = 300
+
+
+class Tree:
+    """Leaves of one page each, the least recently used first, as SGLang's tree keeps them."""
+
+    def __init__(self, pool: VTensorPool) -> None:
+        self.pool = pool
+        self.evictable_leaves: list[Any] = []
+
+    def cache(self, pages: list[int], now: float) -> None:
+        self.evictable_leaves += [
+            SimpleNamespace(value=SimpleNamespace(pages=[page]), last_access_time=now) for page in pages
+        ]
+
+    def evictable_size(self) -> int:
+        return len(self.evictable_leaves) * PAGE_TOKENS
+
+    def supports_mamba(self) -> bool:
+        return False
+
+    def supports_prefix_sharing(self) -> bool:
+        return False
+
+    def evict(self, params: EvictParams) -> Any:
+        count = min(-(-params.num_tokens // PAGE_TOKENS), len(self.evictable_leaves))
+        gone, self.evictable_leaves = self.evictable_leaves[:count], self.evictable_leaves[count:]
+        self.pool.free([leaf.value.pages[0] for leaf in gone])
+        return SimpleNamespace(num_tokens_evicted=count * PAGE_TOKENS)
+
+
+class World:
+    """A pool, its policy, and a tree that holds what has ended."""
+
+    def __init__(self, driver: HostDriver, **settings: Any) -> None:
+        self.driver = driver
+        layout = plan_layout(
+            num_layers=1,
+            num_kv_heads=2,
+            head_dim=16,
+            v_head_dim=16,
+            itemsize=4,
+            granule_bytes=driver.granularity,
+            page_tokens=PAGE_TOKENS,
+        )
+        self.pool = VTensorPool(Pages(driver, layout, NUM_PAGES), num_slots=8, max_len_tokens=NUM_PAGES * PAGE_TOKENS)
+        self.policy = MemoryPolicy(self.pool, VTensorConfig(**settings))
+        self.tree = Tree(self.pool)
+        self.allocator: Any = VTensorAllocator.__new__(VTensorAllocator)
+        self.allocator.page_size = PAGE_TOKENS
+        self.allocator._pool, self.allocator._policy = self.pool, self.policy
+        self.allocator._kvcache = SimpleNamespace(pages=self.pool.pages)
+
+    @property
+    def num_backed(self) -> int:
+        return self.pool.pages.num_backed - 1
+
+    def run(self, slot: int, num_pages: int) -> None:
+        """A request with so many pages."""
+        self.pool.open(slot, [], num_pages * PAGE_TOKENS)
+        assert self.pool.grow([slot], [num_pages * PAGE_TOKENS], beyond_limit=True)
+        self.pool.ensure([slot])
+        self.pool.launch(None)
+
+    def end(self, slot: int, *, now: float) -> None:
+        """It ends, and the tree keeps its pages."""
+        self.tree.cache(self.pool.pages_of(slot, 0, int(self.pool.num_wanted[slot])), now)
+        self.pool.close(slot)
+
+    def budget(self, *, num_mixed: int = 0) -> VTensorPrefillBudget:
+        return VTensorPrefillBudget(self.allocator, self.tree, num_mixed_decode_tokens=num_mixed)
+
+    def admits(self, num_pages: int, budget: VTensorPrefillBudget | None = None) -> bool:
+        tokens = num_pages * PAGE_TOKENS
+        budget = budget or self.budget()
+        admitted, _ = budget.check_prefill(
+            extend_input_len=tokens,
+            total_tokens=tokens,
+            max_new_tokens=0,
+            input_tokens=tokens,
+            swa_host_hit_length=0,
+            chunk_limit=None,
+        )
+        if admitted:
+            budget.reserve(tokens, 0)
+        return admitted
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with HostDriver(capacity_bytes=64 << 20) as driver:
+        built = World(driver)
+        yield built
+        built.pool.shutdown()
+
+
+def pages(world: World, count: int) -> int:
+    return count * world.pool.layout.page_bytes
+
+
+def test_a_lower_limit_takes_the_cache_first_in_steps_and_leaves_requests_alone(world: World) -> None:
+    world.run(1, 100)
+    world.run(2, 150)
+    world.end(2, now=0.0)
+    world.policy.set_limit(pages(world, 40))
+    world.policy.step(world.tree, 1.0)
+    assert world.num_backed == 250 - PAGES_RELEASED_AT_ONCE
+    for _ in range(5):
+        world.policy.step(world.tree, 1.0)
+    assert (world.num_backed, world.pool.pages.num_in_use) == (100, 100), "the request keeps what it has"
+    assert not world.tree.evictable_leaves
+    assert world.policy.pages_evicted_by_limit == 150
+    world.end(1, now=2.0)
+    for _ in range(3):
+        world.policy.step(world.tree, 2.0)
+    assert (world.num_backed, len(world.tree.evictable_leaves)) == (40, 40)
+
+
+def test_pages_that_a_running_row_showed_to_an_earlier_request_are_given_back_under_load(world: World) -> None:
+    """Overlap: a launch is always under way, and the row of a short request still maps the tail of a long one."""
+    world.run(1, 50)
+    world.pool.free(world.pool.pages_of(1, 0, 50))
+    world.pool.close(1)
+    world.pool.drain(in_flight=0)
+    world.run(2, 2)
+    assert world.pool.row_of_slot[2] and world.pool.rows.num_parked == 0, "the same row"
+
+    class Running:
+        def synchronize(self) -> None:
+            raise AssertionError("a step must not wait")
+
+    world.pool.launch(Running())
+    world.policy.set_limit(pages(world, 2))
+    world.policy.step(world.tree, 1.0)
+    assert world.num_backed == 2
+    world.pool.epochs._fences.clear()
+
+
+def test_the_limit_holds_admission_and_what_was_accepted_is_served_alone(world: World) -> None:
+    world.policy.set_limit(pages(world, 40))
+    budget = world.budget()
+    assert world.admits(100, budget), "nothing runs: it was accepted before the limit fell"
+    assert not world.admits(1, budget), "but nothing goes with it"
+    world.run(1, 20)
+    assert world.admits(15)
+    assert not world.admits(30)
+    world.run(2, 15)
+    assert not world.admits(6)
+    world.policy.set_limit(pages(world, 60))
+    assert world.admits(6)
+
+
+def test_decode_under_a_fallen_limit_retracts_all_but_the_last_request(world: World) -> None:
+    world.run(1, 30)
+    world.run(2, 30)
+    world.policy.set_limit(pages(world, 40))
+    fits = world.allocator.check_decode_capacity
+    assert not fits(num_tokens=2 * PAGE_TOKENS, tree_cache=world.tree, requests=[1, 2])
+    assert fits(num_tokens=PAGE_TOKENS, tree_cache=world.tree, requests=[1])
+
+
+def test_admission_takes_the_memory_that_it_counts_on(world: World) -> None:
+    """A neighbour that comes between admission and allocation must not kill the server."""
+    free = world.driver.capacity_bytes - world.driver.physical_bytes
+    budget = world.budget()
+    assert world.admits(50, budget)
+    assert world.pool.pages.num_free_backed >= 50
+    world.driver.capacity_bytes = world.driver.physical_bytes
+    assert world.pool.grow([], []) and world.pool.secure(50)
+    assert not world.admits(50, budget), "found before SGLang commits itself"
+    assert not world.admits(60)
+    world.driver.capacity_bytes += free
+    assert world.admits(60)
+
+
+def test_a_prefill_under_way_gets_a_shorter_chunk_or_waits(world: World) -> None:
+    world.run(1, 10)
+    world.driver.capacity_bytes = world.driver.physical_bytes + 5 * world.pool.layout.page_bytes
+    size = {"extend_input_len": 20 * PAGE_TOKENS, "max_new_tokens": 0}
+    assert world.budget().fit_chunk(**size, chunk_limit=4 * PAGE_TOKENS) == 4 * PAGE_TOKENS
+    assert world.budget().fit_chunk(**size, chunk_limit=8 * PAGE_TOKENS) == 5 * PAGE_TOKENS
+    world.pool.pages.take_many(5)
+    assert world.budget().fit_chunk(**size, chunk_limit=8 * PAGE_TOKENS) is None
+
+
+def test_the_cache_is_not_thrown_away_for_a_request_that_would_not_fit_all_the_same(world: World) -> None:
+    world.run(1, 50)
+    world.end(1, now=0.0)
+    world.run(2, 10)
+    world.driver.capacity_bytes = world.driver.physical_bytes
+    assert not world.allocator.secure(60, world.tree)
+    assert len(world.tree.evictable_leaves) == 50
+    assert world.allocator.secure(45, world.tree)
+    assert len(world.tree.evictable_leaves) == 5
+
+
+@pytest.mark.parametrize(("keep", "left"), [("0%", 0), ("10%", 30)])
+def test_prefixes_that_nobody_asks_for_are_dropped(keep: str, left: int) -> None:
+    with HostDriver(capacity_bytes=64 << 20) as driver:
+        world = World(driver, cache_seconds=60.0, cache_keep=parse_size("keep", keep))
+        world.run(1, 50)
+        world.end(1, now=100.0)
+        world.run(2, 10)
+        world.end(2, now=150.0)
+        world.policy.step(world.tree, 159.0)
+        assert len(world.tree.evictable_leaves) == 60
+        world.policy.step(world.tree, 159.0 + LOOK_SECONDS)
+        world.policy.step(world.tree, 161.0)
+        assert len(world.tree.evictable_leaves) == max(10, left)
+        world.policy.step(world.tree, 211.0)
+        assert len(world.tree.evictable_leaves) == left
+        assert world.policy.pages_evicted_by_age == 60 - left
+        world.pool.shutdown()
+
+
+def test_ranks_that_must_agree_drop_nothing_by_the_clock(world: World) -> None:
+    world.run(1, 10)
+    world.end(1, now=0.0)
+    MemoryPolicy(world.pool, VTensorConfig(), num_ranks=2).step(world.tree, 1e6)
+    assert len(world.tree.evictable_leaves) == 10
+
+
+def test_a_hungry_neighbour_gets_free_pages_and_old_prefixes(world: World) -> None:
+    page_bytes = world.pool.layout.page_bytes
+    world.run(1, 30)
+    world.end(1, now=0.0)
+    world.run(2, 30)
+    world.end(2, now=NEIGHBOUR_SECONDS)
+    world.run(3, 30)
+    world.pool.free(world.pool.pages_of(3, 0, 30))
+    world.pool.close(3)
+    world.policy.reserve_pages = 4
+    world.pool.pages.margin_bytes = 100 * page_bytes
+    world.driver.capacity_bytes = world.driver.physical_bytes + 130 * page_bytes  # 70 pages too few
+    world.policy.step(world.tree, NEIGHBOUR_SECONDS + 1)
+    assert world.num_backed == 90 - 26, "free pages but for the reserve"
+    assert len(world.tree.evictable_leaves) == 30, "the old ones are gone"
+    for look in range(2, 6):
+        world.policy.step(world.tree, NEIGHBOUR_SECONDS + look)
+    assert world.num_backed == 30 + 4
+    assert len(world.tree.evictable_leaves) == 30, "what was used lately stays"
+
+
+def test_the_reserve_is_filled_behind_launches_a_few_pages_at_a_time(world: World) -> None:
+    world.policy.reserve_pages = PAGES_CREATED_AT_ONCE + 3
+    world.policy.launched()
+    assert world.pool.pages.num_free_backed == PAGES_CREATED_AT_ONCE
+    for _ in range(3):
+        world.policy.launched()
+    assert world.pool.pages.num_free_backed == PAGES_CREATED_AT_ONCE + 3
+    world.policy.set_limit(pages(world, 2))
+    world.policy.step(world.tree, 0.0)
+    world.policy.launched()
+    assert world.num_backed == 2, "the limit holds for the reserve, too"
+
+
+def test_an_idle_server_gives_memory_back_in_steps(world: World) -> None:
+    world.run(1, 200)
+    world.pool.free(world.pool.pages_of(1, 0, 200))
+    world.pool.close(1)
+    world.policy.idle(world.tree, 100.0)
+    world.policy.idle(world.tree, 109.9)
+    assert world.pool.pages.num_free_backed == 200
+    world.policy.idle(world.tree, 110.0)
+    assert world.pool.pages.num_free_backed == 200 - PAGES_RELEASED_AT_ONCE
+    for _ in range(3):
+        world.policy.idle(world.tree, 110.1)
+    assert world.pool.stats().physical_bytes == world.pool.layout.page_bytes, "the padding page stays"
+    assert world.policy.pages_released == 200
+    world.run(1, 20)
+    world.policy.idle(world.tree, 120.0)
+    assert world.pool.pages.num_in_use == 20
+
+
+def test_work_puts_giving_back_off(world: World) -> None:
+    world.run(1, 3)
+    world.pool.free(world.pool.pages_of(1, 0, 3))
+    world.pool.close(1)
+    world.policy.idle(world.tree, 0.0)
+    world.policy.launched()
+    world.policy.idle(world.tree, 11.0)
+    assert world.pool.pages.num_free_backed == 3
+    world.policy.idle(world.tree, 21.0)
+    assert world.pool.pages.num_free_backed == 0
+
+
+def test_requests_are_bound_by_the_limit(world: World) -> None:
+    world.policy.full_request_lens = (2000, 1995)
+    assert world.policy.request_lens() == (2000, 1995)
+    world.policy.set_limit(pages(world, 50))
+    assert world.policy.request_lens() == (799, 794)
+
+
+@pytest.mark.parametrize("num_bytes", [0, -1, 1024, 1 << 50])
+def test_a_limit_that_cannot_be_is_refused_and_changes_nothing(world: World, num_bytes: int) -> None:
+    class Rejected(Exception):
+        pass
+
+    handler = LimitHandler(world.policy, SimpleNamespace(), Rejected)
+    with pytest.raises(Rejected, match="at least one page"):
+        handler.validate(LimitHandler.KEY, num_bytes)
+    handler.validate(LimitHandler.KEY, world.policy.capacity_bytes / 2)
+    assert world.pool.pages.limit_pages == NUM_PAGES, "validating applies nothing"
+    with pytest.raises(ConfigError, match="at least one page"):
+        MemoryPolicy(world.pool, VTensorConfig(memory_limit=Size("huge", 1 << 50, False)))
