@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -16,6 +17,14 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
     device_name = "cpu"
     device_type = "cpu"
     capabilities = PlatformCapabilities()
+
+    def init_backend(self) -> None:
+        """A torch that was built for CUDA names it as the machine's device although there is none.
+
+        SGLang would synchronise with it, for instance in ``/release_memory_occupation``, and end there.
+        """
+        module_of = torch.get_device_module
+        torch.get_device_module = lambda device=None: module_of("cpu" if device is None else device)
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"

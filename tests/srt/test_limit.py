@@ -141,4 +141,4 @@ def test_a_limit_that_is_refused(
 
 def test_without_a_size_it_is_shown(server: SGLangServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["limit", f"http://127.0.0.1:{server.port}"]) == 0
-    assert "limit 8.00 MiB of 8.00 MiB, backed " in capsys.readouterr().out
+    assert "limit 1.00 MiB of 1.00 MiB, backed " in capsys.readouterr().out
