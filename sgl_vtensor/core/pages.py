@@ -35,6 +35,8 @@ class Pages:
         """Pages that may be backed, the padding page not counted. It may move below what is backed at any time."""
         self.margin_bytes = 0
         """Free memory of the device that is left to others."""
+        self.agreed_pages: int | None = None
+        """What the ranks of one server agreed that each of them can have in use; None: this rank decides alone."""
         self.home_bytes = (num_pages + 1) * layout.page_bytes
         self.home_base = driver.reserve(self.home_bytes)
         self._handles = np.zeros(num_pages + 1, dtype=np.uint64)
@@ -92,38 +94,55 @@ class Pages:
         num_tokens = (self.num_pages + 1) * self.layout.page_tokens
         return kv_views(self.tensor(), self.layout, layer, dtype, (num_tokens,), (self.layout.token_stride_bytes,))
 
-    def creatable(self, *, beyond_limit: bool = False) -> int:
-        """How many more pages the pool's size, the limit and the device's free memory, less the margin, allow now."""
-        room = self._room(beyond_limit)
-        if not room:
-            return 0
-        free_bytes, _ = self.driver.memory_info()
-        return min(room, max(0, free_bytes - self.margin_bytes) // self.layout.page_bytes)
+    def most_in_use(self, *, beyond_limit: bool = False) -> int:
+        """How many pages can be in use at once as things stand: by the pool's size, the limit, and the memory there is.
 
-    def _room(self, beyond_limit: bool) -> int:
-        """What is left of the pool's size, and of the limit unless it does not count."""
+        It may be less than what is in use.
+        """
+        most = self._allowed(beyond_limit)
+        num_backed = self.num_backed - 1
+        if self.agreed_pages is not None or num_backed >= most:
+            return most
+        free_bytes, _ = self.driver.memory_info()
+        return min(most, num_backed + max(0, free_bytes - self.margin_bytes) // self.layout.page_bytes)
+
+    def _allowed(self, beyond_limit: bool) -> int:
         most = self.num_pages if beyond_limit else min(self.limit_pages, self.num_pages)
-        return max(0, most + 1 - self.num_backed)
+        return most if self.agreed_pages is None else min(most, self.agreed_pages)
+
+    def creatable(self) -> int:
+        """How many more pages could be backed now."""
+        return max(0, self.most_in_use() - (self.num_backed - 1))
 
     def secure(self, num_pages: int, *, beyond_limit: bool = False) -> bool:
         """Back free pages until ``num_pages`` of them can be taken without asking the driver for memory.
 
         Returns False where the limit or the device's memory does not allow it; what could be backed stays backed.
+
+        Raises:
+            OutOfMemory: the ranks of this server agreed that the memory is there, and here it is not.
         """
+        if self.num_in_use + num_pages > self._allowed(beyond_limit):
+            return False
         missing = num_pages - len(self._free_backed)
         if missing <= 0:
             return True
-        # Without a margin the driver itself says when memory ends.
-        room = self.creatable(beyond_limit=beyond_limit) if self.margin_bytes else self._room(beyond_limit)
-        for _ in range(min(missing, room)):
+        room = missing
+        if self.agreed_pages is None:
+            # Without a margin the driver itself says when memory ends.
+            most = self.most_in_use(beyond_limit=beyond_limit) if self.margin_bytes else self._allowed(beyond_limit)
+            room = max(0, most - (self.num_backed - 1))
+        for _ in range(min(missing, room, len(self._free_unbacked))):
             page = self._free_unbacked[-1]
             try:
                 self._back(page)
             except OutOfMemory:
+                if self.agreed_pages is not None:
+                    raise
                 return False
             self._free_unbacked.pop()
             self._free_backed[page] = 0
-        return missing <= room
+        return num_pages <= len(self._free_backed)
 
     def take_many(self, num_pages: int) -> list[int]:
         """Take pages out of the free ones: backed ones first, the longest free first.

@@ -48,8 +48,7 @@ class VTensorPrefillBudget(PrefillBudget):
 
     def __init__(self, allocator: VTensorAllocator, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> None:
         super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
-        pages = allocator.pool.pages
-        self._most_backed = pages.num_backed + pages.creatable(beyond_limit=True)
+        self._most_in_use = allocator.pool.pages.most_in_use(beyond_limit=True)
         self._num_mixed = num_mixed_decode_tokens
         self._nothing_runs = allocator.pool.num_open == 0
 
@@ -58,9 +57,7 @@ class VTensorPrefillBudget(PrefillBudget):
 
     def _available_and_evictable(self) -> int:
         pages = self.allocator.pool.pages
-        most = self._most_backed - 1
-        if not self._beyond_limit():
-            most = min(most, pages.limit_pages)
+        most = self._most_in_use if self._beyond_limit() else min(self._most_in_use, pages.limit_pages)
         room_tokens = (most - pages.num_in_use) * self.page_size  # negative where the limit has just fallen
         evictable: int = self.tree_cache.evictable_size()
         return min(self.allocator.available_size(), room_tokens) + evictable

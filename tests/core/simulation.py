@@ -434,7 +434,12 @@ class Server:
     def _idle(self) -> None:
         self.seen["idle"] += 1
         self._check_tree_bytes()
-        if self.dice.random() < 0.3 and not (self.waiting or self.running or self.joining or self.chunked):
+        # At the end no flush hides what was lost.
+        if (
+            self.arriving
+            and self.dice.random() < 0.3
+            and not (self.waiting or self.running or self.joining or self.chunked)
+        ):
             self.seen["flush"] += 1
             self.tree = Tree(self.world.page_tokens)
             self.pool.reset()
@@ -513,8 +518,7 @@ class Server:
     def _budget(self) -> int:
         """``VTensorPrefillBudget``, in pages."""
         pages = self.pool.pages
-        ready = pages.num_free_backed + self.pool.pages.creatable()
-        return min(pages.num_available, ready) + self.tree.num_evictable()
+        return min(pages.num_available, pages.most_in_use() - pages.num_in_use) + self.tree.num_evictable()
 
     def _decode(self) -> list[Part]:
         while self.running and not self._decode_fits():

@@ -66,7 +66,7 @@ def test_a_page_is_freed_once(pages: Pages) -> None:
 def test_secure_stops_at_the_limit(pages: Pages) -> None:
     pages.limit_pages = 3
     assert not pages.secure(4)
-    assert (pages.num_backed - 1, pages.num_free_backed) == (3, 3), "what could be backed stays backed"
+    assert pages.num_free_backed == 0, "nothing is backed in vain"
     assert pages.secure(3)
     with pytest.raises(OutOfMemory):
         pages.take_many(4)
@@ -81,6 +81,30 @@ def test_secure_stops_at_the_memory_of_the_device() -> None:
         assert not pages.secure(4)
         assert pages.num_free_backed == 3
         assert driver.memory_info()[0] == 0
+
+
+def test_what_is_in_use_counts_for_the_limit_whatever_is_backed(pages: Pages) -> None:
+    taken = pages.take_many(5)
+    pages.free(taken[:3], epoch=0)
+    pages.limit_pages = 4
+    assert pages.num_free_backed == 3
+    assert pages.secure(2) and not pages.secure(3)
+    assert pages.secure(3, beyond_limit=True) and pages.secure(6, beyond_limit=True)
+    assert not pages.secure(7, beyond_limit=True)
+    assert (pages.most_in_use(), pages.most_in_use(beyond_limit=True)) == (4, 8)
+
+
+def test_ranks_that_agreed_do_not_decide_by_their_own_memory() -> None:
+    with HostDriver(capacity_bytes=6 * 4096) as driver:
+        pages = Pages(driver, small_layout(driver), 8)
+        assert pages.most_in_use() == 5
+        pages.agreed_pages = 3
+        assert pages.most_in_use() == pages.most_in_use(beyond_limit=True) == 3
+        assert pages.secure(3) and not pages.secure(4) and not pages.secure(4, beyond_limit=True)
+        pages.agreed_pages = 8
+        assert pages.most_in_use() == 8
+        with pytest.raises(OutOfMemory):
+            pages.secure(6)
 
 
 def test_secure_stops_at_the_number_of_pages(pages: Pages) -> None:
