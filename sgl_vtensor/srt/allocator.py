@@ -168,11 +168,8 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         pool, pages = self.pool, self.pool.pages
         if pool.secure(num_pages, beyond_limit=beyond_limit):
             return True
-        evictable = tree_cache.evictable_size() // self.page_size
-        if (
-            pages.num_free_backed + len(pages.fenced) + evictable + pages.creatable(beyond_limit=beyond_limit)
-            < num_pages
-        ):
+        kept_pages = pages.num_in_use - tree_cache.evictable_size() // self.page_size
+        if kept_pages + num_pages > pages.most_in_use(beyond_limit=beyond_limit):
             return False
         return self._evict_until(lambda: pool.secure(num_pages, beyond_limit=beyond_limit), tree_cache)
 
