@@ -8,7 +8,7 @@ is always backed and never handed out.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from sgl_vtensor.errors import OutOfMemory, VTensorError
 from sgl_vtensor.vmm.driver import VmmDriver
 
 PADDING_PAGE = 0
+
+
+def _raise(error: OutOfMemory) -> None:
+    raise error
 
 
 class Pages:
@@ -37,6 +41,8 @@ class Pages:
         """Free memory of the device that is left to others."""
         self.agreed_pages: int | None = None
         """What the ranks of one server agreed that each of them can have in use; None: this rank decides alone."""
+        self.on_shortage: Callable[[OutOfMemory], None] = _raise
+        """Called when memory that was agreed on is not there: waits before the next try, or raises."""
         self.home_bytes = (num_pages + 1) * layout.page_bytes
         self.home_base = driver.reserve(self.home_bytes)
         self._handles = np.zeros(num_pages + 1, dtype=np.uint64)
@@ -103,8 +109,13 @@ class Pages:
         num_backed = self.num_backed - 1
         if self.agreed_pages is not None or num_backed >= most:
             return most
+        return min(most, self.possible())
+
+    def possible(self) -> int:
+        """How many pages the pool's size and the device's free memory, less the margin, would let be backed now."""
         free_bytes, _ = self.driver.memory_info()
-        return min(most, num_backed + max(0, free_bytes - self.margin_bytes) // self.layout.page_bytes)
+        more = max(0, free_bytes - self.margin_bytes) // self.layout.page_bytes
+        return min(self.num_pages, self.num_backed - 1 + more)
 
     def _allowed(self, beyond_limit: bool) -> int:
         most = self.num_pages if beyond_limit else min(self.limit_pages, self.num_pages)
@@ -120,7 +131,7 @@ class Pages:
         Returns False where the limit or the device's memory does not allow it; what could be backed stays backed.
 
         Raises:
-            OutOfMemory: the ranks of this server agreed that the memory is there, and here it is not.
+            OutOfMemory: the ranks of this server agreed that the memory is there, and ``on_shortage`` gave up on it.
         """
         if self.num_in_use + num_pages > self._allowed(beyond_limit):
             return False
@@ -132,25 +143,29 @@ class Pages:
             # Without a margin the driver itself says when memory ends.
             most = self.most_in_use(beyond_limit=beyond_limit) if self.margin_bytes else self._allowed(beyond_limit)
             room = max(0, most - (self.num_backed - 1))
-        for _ in range(min(missing, room, len(self._free_unbacked))):
+        room = min(missing, room, len(self._free_unbacked))
+        while room > 0:
             page = self._free_unbacked[-1]
             try:
                 self._back(page)
-            except OutOfMemory:
-                if self.agreed_pages is not None:
-                    raise
-                return False
+            except OutOfMemory as error:
+                if self.agreed_pages is None:
+                    return False
+                self.on_shortage(error)
+                continue
             self._free_unbacked.pop()
             self._free_backed[page] = 0
+            room -= 1
         return num_pages <= len(self._free_backed)
 
     def take_many(self, num_pages: int) -> list[int]:
         """Take pages out of the free ones: backed ones first, the longest free first.
 
         Raises:
-            OutOfMemory: there are too few; nothing was taken. The caller secures them before it commits itself.
+            OutOfMemory: there are too few; nothing was taken. A caller secures them before it commits itself; those
+                that are secured can be taken whatever the limit is.
         """
-        if not self.secure(num_pages):
+        if num_pages > len(self._free_backed) and not self.secure(num_pages):
             raise OutOfMemory(
                 "cuMemCreate",
                 "VTENSOR_NO_PAGES",

@@ -117,6 +117,18 @@ HOOKS: tuple[Hook, ...] = (
         runtime.bound_requests,
         "a request that does not fit the memory limit is refused when it comes",
     ),
+    Hook(
+        f"{SCHEDULER}._poll_timeout_aborts",
+        HookType.AFTER,
+        runtime.add_decision,
+        "rank 0's decisions about memory travel with the requests that SGLang broadcasts",
+    ),
+    Hook(
+        f"{SCHEDULER}.process_input_requests",
+        HookType.AROUND,
+        runtime.follow_decisions,
+        "all ranks follow them in the same step",
+    ),
 )
 
 

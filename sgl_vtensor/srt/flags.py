@@ -43,6 +43,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
     ("enable_hisparse", (False,), "--enable-hisparse", "drop it"),
     ("disaggregation_mode", ("null", None), "--disaggregation-mode", "serve prefill and decode in one server"),
     ("pp_size", (1,), "--pp-size", "use --tp-size"),
+    ("nnodes", (1,), "--nnodes", "serve on one machine: ranks agree through its shared memory"),
     ("dcp_size", (1, None), "--dcp-size", "drop it"),
     ("attn_cp_size", (1, None), "--attn-cp-size", "drop it"),
     ("attn_dp_size", (1, None), "--attn-dp-size / --enable-dp-attention", "use --dp-size without it"),

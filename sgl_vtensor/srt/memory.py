@@ -1,20 +1,22 @@
 """When memory is taken and when it is given back: ahead of need, under a limit that moves, when idle, for neighbours.
 
 All of it happens between two launches, on the scheduler's thread, in steps of a few milliseconds. What evicts cached
-prefixes changes what SGLang admits, so tensor-parallel ranks must agree on it: the limit does (SGLang brings it to all
-ranks in the same step), clocks and free memory do not, so with several ranks nothing is evicted because of those.
+prefixes changes what SGLang admits, so tensor-parallel ranks must agree on it. On the limit they do, since SGLang
+brings it to all of them in the same step; what follows from clocks and free memory is decided by rank 0 (``agree``).
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sgl_vtensor.config import Size, VTensorConfig, format_bytes
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.errors import ConfigError
+from sgl_vtensor.errors import ConfigError, OutOfMemory
+from sgl_vtensor.srt.agree import Decision, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +29,21 @@ MARGIN_BYTES = 512 << 20
 """Device memory that is never taken: other allocations of this process and its neighbours need some."""
 NEIGHBOUR_SECONDS = 30.0
 """While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
+SHORTAGE_SECONDS = 60.0
+SHORTAGE_POLL_SECONDS = 0.01
 
 
 class MemoryPolicy:
     """The limit, the reserve, and what becomes of memory that nobody needs now."""
 
-    def __init__(self, pool: VTensorPool, config: VTensorConfig, *, num_ranks: int = 1) -> None:
+    def __init__(self, pool: VTensorPool, config: VTensorConfig, *, ranks: Ranks | None = None) -> None:
         self.pool = pool
         self.config = config
-        self._alone = num_ranks == 1
+        self.ranks = ranks
+        if ranks is not None:
+            pool.pages.agreed_pages = pool.pages.num_pages
+            pool.pages.on_shortage = self._wait_for_memory
+            ranks.publish(pool.pages.num_pages)
         self._on_cuda = pool.driver.name == "cuda"
         pool.pages.margin_bytes = MARGIN_BYTES if self._on_cuda else 0
         self.capacity_bytes = pool.pages.num_pages * pool.layout.page_bytes
@@ -47,6 +55,8 @@ class MemoryPolicy:
         """SGLang's bounds when there is no limit."""
         self._idle_since: float | None = None
         self._next_look = 0.0
+        self._next_decision = 0.0
+        self._shortage_since = self._last_shortage = float("-inf")
         self.pages_released = 0
         """Given back to the device since the start."""
         self.pages_evicted_by_limit = 0
@@ -93,9 +103,11 @@ class MemoryPolicy:
             self._follow_limit(tree_cache)
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            if self._alone:
-                self._drop_old(tree_cache, now)
-            self._yield_to_neighbours(tree_cache, now)
+            short = self._release_for_neighbours()
+            if self.ranks is not None:
+                self.ranks.publish(self.pool.pages.possible())
+            else:
+                self.pages_evicted_by_age += self._evict(tree_cache, self._old_pages(tree_cache, now, short))
 
     def launched(self) -> None:
         """Behind a launch, while the GPU computes: a few pages ahead of need, so that a decode step waits for none."""
@@ -124,34 +136,67 @@ class MemoryPolicy:
             self.pages_evicted_by_limit += self._evict(tree_cache, excess)
         self._release(max(0, pages.num_free_backed - self.pool.pages_beyond_limit), PAGES_RELEASED_AT_ONCE)
 
-    def _drop_old(self, tree_cache: Any, now: float) -> None:
-        seconds = self.config.cache_seconds
-        surplus = tree_cache.evictable_size() // self.pool.layout.page_tokens - self._keep_pages
-        if seconds and surplus > 0:
-            old = min(surplus, self._old_pages(tree_cache, now - seconds))
-            self.pages_evicted_by_age += self._evict(tree_cache, old)
-
-    def _yield_to_neighbours(self, tree_cache: Any, now: float) -> None:
+    def _release_for_neighbours(self) -> int:
         """Servers that share a device settle without talking: each lets go of what it needs least when memory is short.
 
         The reserve stays, so that what is let go here is not taken again by the next step.
+
+        Returns how many pages are missing after that.
         """
         margin_bytes = self.pool.pages.margin_bytes
         if not margin_bytes:
-            return
+            return 0
         free_bytes, _ = self.pool.driver.memory_info()
         short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
         if short <= 0:
-            return
-        short -= self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE))
-        if short > 0 and self._alone:
-            old = self._old_pages(tree_cache, now - NEIGHBOUR_SECONDS)
-            self.pages_evicted_by_age += self._evict(tree_cache, min(short, old))
+            return 0
+        return short - self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE))
 
-    def _old_pages(self, tree_cache: Any, before: float) -> int:
-        """Pages of leaves that nobody asked for since ``before``; their parents are leaves at the next look."""
+    def _old_pages(self, tree_cache: Any, now: float, short: int) -> int:
+        """How many cached pages are to go: those too old to keep, or, as far as memory is short, rather old ones."""
         leaves = getattr(tree_cache, "evictable_leaves", ())
-        return sum(len(leaf.value.pages) for leaf in leaves if leaf.last_access_time < before)
+        if not leaves:
+            return 0
+
+        def older_than(seconds: float) -> int:
+            return sum(len(leaf.value.pages) for leaf in leaves if now - leaf.last_access_time > seconds)
+
+        surplus = tree_cache.evictable_size() // self.pool.layout.page_tokens - self._keep_pages
+        expired = older_than(self.config.cache_seconds) if self.config.cache_seconds and surplus > 0 else 0
+        return max(min(expired, surplus), min(short, older_than(NEIGHBOUR_SECONDS)) if short > 0 else 0)
+
+    # Several ranks.
+
+    def decide(self, tree_cache: Any, now: float) -> Decision | None:
+        """On rank 0, before SGLang broadcasts its requests: what all ranks do in this step; None: nothing new."""
+        assert self.ranks is not None
+        if now < self._next_decision:
+            return None
+        self._next_decision = now + LOOK_SECONDS
+        most = max(1, self.ranks.least())
+        short = max(0, self.pool.pages.num_in_use - most)
+        decision = Decision(most, self._old_pages(tree_cache, now, short))
+        return decision if decision != Decision(self.pool.pages.agreed_pages or 0, 0) else None
+
+    def follow(self, decision: Decision, tree_cache: Any) -> None:
+        """On every rank, in the same step."""
+        self.pool.pages.agreed_pages = decision.most_in_use
+        self.pages_evicted_by_age += self._evict(tree_cache, decision.evict_pages)
+
+    def _wait_for_memory(self, error: OutOfMemory) -> None:
+        """A neighbour was faster. The other ranks wait for this one's launch, so waiting lets none of them run ahead.
+
+        Raises:
+            OutOfMemory: ``error``, after ``SHORTAGE_SECONDS``. The server must stop.
+        """
+        now = time.monotonic()
+        if now - self._last_shortage > 1.0:
+            self._shortage_since = now
+            logger.warning("vTensor memory: another process was faster; waiting for memory (%s)", error)
+        self._last_shortage = now
+        if now - self._shortage_since > SHORTAGE_SECONDS:
+            raise error
+        time.sleep(SHORTAGE_POLL_SECONDS)
 
     def _evict(self, tree_cache: Any, num_pages: int) -> int:
         """Evict at least so many pages' worth of leaves, as SGLang's eviction policy ranks them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sglang.srt.runtime_context import get_parallel
 
 from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.errors import ConfigError, OutOfMemory
+from sgl_vtensor.srt.agree import Decision, join_ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.debug import DebugChecker
 from sgl_vtensor.srt.flags import active_config
@@ -124,7 +125,16 @@ class Runtime:
         self._copy_pages()
         if self._checker is not None:
             self._checker.check(batch)
+            if self.policy.ranks is not None:
+                self.policy.ranks.compare(self.pool.epochs.launched + 1, self._digest(batch))
         self._batch_rows = self.pool.row_of_slot[slots]
+
+    def _digest(self, batch: Any) -> int:
+        """What all ranks must have decided alike for this launch."""
+        lens = batch.req_pool_indices_cpu.tolist(), batch.seq_lens_cpu.tolist(), batch.forward_mode.name
+        tree = batch.tree_cache
+        books = self.pool.pages.num_in_use, tree.evictable_size(), tree.protected_size()
+        return zlib.crc32(repr((lens, books)).encode())
 
     def end_launch(self, batch: Any) -> None:
         """On the forward stream, behind the launch. Rows that will be worth it are mapped while the GPU computes."""
@@ -218,7 +228,7 @@ def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
         num_rows=num_rows,
         max_mappings=_max_mappings(pages.driver.name, pages.num_pages, pages.layout.num_pages(slots.max_context_len)),
     )
-    policy = MemoryPolicy(pool, config, num_ranks=get_parallel().tp_size)
+    policy = MemoryPolicy(pool, config, ranks=join_ranks())
     allocator.attach(pool, policy)
     runner.vtensor = Runtime(pool, allocator, policy, config, dense_capacity=runner.max_total_num_tokens)
     runner.vtensor.zero_fresh_pages()
@@ -334,3 +344,23 @@ def add_update_handlers(result: dict[str, Any], controller: Any) -> dict[str, An
     if runtime is None:
         return result
     return result | {LimitHandler.KEY: LimitHandler(runtime.policy, controller.scheduler, UpdateRejected)}
+
+
+def add_decision(result: list[Any], scheduler: Any) -> list[Any]:
+    """Hook, on rank 0: what the memory of all ranks asks for travels with the requests."""
+    runtime = runtime_of(scheduler.tp_worker.model_runner)
+    if runtime is None or runtime.policy.ranks is None:
+        return result
+    decision = runtime.policy.decide(scheduler.tree_cache, time.monotonic())
+    return result if decision is None else [*result, decision]
+
+
+def follow_decisions(original: Callable[..., Any], scheduler: Any, recv_reqs: list[Any]) -> Any:
+    """Hook, on all ranks, in the step in which SGLang takes up these requests."""
+    requests = []
+    for request in recv_reqs:
+        if isinstance(request, Decision):
+            scheduler.tp_worker.model_runner.vtensor.policy.follow(request, scheduler.tree_cache)
+        else:
+            requests.append(request)
+    return original(scheduler, requests)

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -139,6 +139,14 @@ class SGLangServer:
         states = self.get("/server_info").json()["internal_states"]
         section: dict[str, Any] = states[0]["vtensor"]
         return section
+
+    def wait_for(self, holds: Callable[[dict[str, Any]], bool], *, seconds: float) -> dict[str, Any]:
+        """Until our figures are as wanted."""
+        deadline = time.monotonic() + seconds
+        while not holds(figures := self.vtensor()):
+            assert time.monotonic() < deadline, figures
+            time.sleep(0.05)
+        return figures
 
     def wait_idle(self) -> None:
         """Until nothing runs or waits, and SGLang has had its idle checks."""

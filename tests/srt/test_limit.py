@@ -41,11 +41,7 @@ def limit(server: SGLangServer, size: str) -> int:
 
 
 def wait_for_pages(server: SGLangServer, most: int, seconds: float) -> dict[str, int]:
-    deadline = time.monotonic() + seconds
-    while (figures := server.vtensor())["pages_backed"] > most:
-        assert time.monotonic() < deadline, figures
-        time.sleep(0.05)
-    return figures
+    return server.wait_for(lambda figures: figures["pages_backed"] <= most, seconds=seconds)
 
 
 def test_the_limit_of_the_start_is_kept(server: SGLangServer, stock: StockAnswers) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
@@ -13,7 +14,8 @@ from sgl_vtensor.config import Size, VTensorConfig, parse_size
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.errors import ConfigError
+from sgl_vtensor.errors import ConfigError, OutOfMemory, VTensorError
+from sgl_vtensor.srt.agree import NUM_DIGESTS, Decision, Ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator, VTensorPrefillBudget
 from sgl_vtensor.srt.memory import (
     LOOK_SECONDS,
@@ -241,11 +243,77 @@ def test_prefixes_that_nobody_asks_for_are_dropped(keep: str, left: int) -> None
         world.pool.shutdown()
 
 
-def test_ranks_that_must_agree_drop_nothing_by_the_clock(world: World) -> None:
+def two_ranks(world: World) -> tuple[MemoryPolicy, Ranks]:
+    """Rank 0's policy, and the other rank's side of the board."""
+    board = np.zeros((2, 1 + 2 * NUM_DIGESTS), dtype=np.int64)
+    other = Ranks(1, board)
+    other.publish(NUM_PAGES)
+    return MemoryPolicy(world.pool, VTensorConfig(cache_seconds=60.0), ranks=Ranks(0, board)), other
+
+
+def test_ranks_drop_by_the_clock_what_rank_0_says(world: World) -> None:
+    policy, _ = two_ranks(world)
     world.run(1, 10)
     world.end(1, now=0.0)
-    MemoryPolicy(world.pool, VTensorConfig(), num_ranks=2).step(world.tree, 1e6)
-    assert len(world.tree.evictable_leaves) == 10
+    policy.step(world.tree, 100.0)
+    assert len(world.tree.evictable_leaves) == 10, "nothing by its own clock"
+    decision = policy.decide(world.tree, 100.0)
+    assert decision == Decision(NUM_PAGES, 10)
+    policy.follow(decision, world.tree)
+    assert not world.tree.evictable_leaves
+    assert policy.decide(world.tree, 100.1) is None, "nothing new"
+    assert policy.decide(world.tree, 200.0) is None
+
+
+def test_no_space_on_one_rank_is_no_space_on_all(world: World) -> None:
+    policy, other = two_ranks(world)
+    world.run(1, 20)
+    assert world.admits(100)
+    other.publish(50)
+    assert world.admits(100), "not before rank 0 has said so to all"
+    decision = policy.decide(world.tree, 1.0)
+    assert decision == Decision(50, 0)
+    policy.follow(decision, world.tree)
+    assert not world.admits(31) and world.admits(29)
+    assert not world.pool.secure(31, beyond_limit=True)
+    other.publish(NUM_PAGES)
+    policy.follow(policy.decide(world.tree, 2.0), world.tree)
+    assert world.admits(100)
+
+
+def test_a_rank_whose_memory_a_neighbour_took_waits_for_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, _ = two_ranks(world)
+    free = world.driver.capacity_bytes
+    world.driver.capacity_bytes = world.driver.physical_bytes
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 5:
+            world.driver.capacity_bytes = free
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert world.pool.secure(3)
+    assert len(waited) == 5
+    world.driver.capacity_bytes = world.driver.physical_bytes
+    monkeypatch.setattr("sgl_vtensor.srt.memory.SHORTAGE_SECONDS", -1.0)
+    with pytest.raises(OutOfMemory):
+        world.pool.secure(9)
+    policy.step(world.tree, 1e9)
+    assert policy.decide(world.tree, 1e9) == Decision(3, 0), "and says so to the others"
+
+
+def test_ranks_that_decide_differently_are_found() -> None:
+    board = np.zeros((2, 1 + 2 * NUM_DIGESTS), dtype=np.int64)
+    one, two = Ranks(0, board), Ranks(1, board)
+    for launch in range(1, 200):
+        one.compare(launch, launch * 7)
+        two.compare(launch, launch * 7)
+    one.compare(200, 1)
+    two.compare(200, 2)
+    with pytest.raises(VTensorError, match="ranks 0 and 1 decided differently at launch 200"):
+        for launch in range(201, 220):
+            one.compare(launch, launch)
 
 
 def test_a_hungry_neighbour_gets_free_pages_and_old_prefixes(world: World) -> None:

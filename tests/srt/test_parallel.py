@@ -1,0 +1,97 @@
+"""Several ranks and several replicas: the tokens of one process, and ranks that decide alike (debug mode compares)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import Expected, Start, StockAnswers
+from server import PAGE_TOKENS, VTENSOR, SGLangServer, generate_body
+
+from sgl_vtensor.cli.main import main
+
+pytestmark = pytest.mark.server
+
+CORES = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{min(1, (os.cpu_count() or 1) - 1)}"}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(start: Start) -> Iterator[SGLangServer]:
+    flags = ("--tp-size=2", "--max-total-tokens=2048", f"--chunked-prefill-size={2 * PAGE_TOKENS}", "--vtensor-debug")
+    before = boards()
+    with start(*VTENSOR, *flags, "--vtensor-cache-seconds=3", "--vtensor-idle-seconds=1", env=CORES) as server:
+        assert boards() == before, "the board's name is gone once all ranks have it"
+        yield server
+        server.check_healthy()
+
+
+@pytest.fixture(scope="module")
+def two_replicas(start: Start) -> Iterator[SGLangServer]:
+    with start(*VTENSOR, "--dp-size=2", "--max-total-tokens=2048", env=CORES) as server:
+        yield server
+        server.check_healthy()
+
+
+def boards() -> list[Path]:
+    return sorted(Path("/dev/shm").glob("sgl-vtensor-*"))
+
+
+def check(server: SGLangServer, asked: Sequence[Expected], *, concurrency: int) -> list[int]:
+    with ThreadPoolExecutor(concurrency) as executor:
+        answers = list(executor.map(lambda one: server.generate(one.prompt, one.tokens), asked))
+    for number, (answer, expected) in enumerate(zip(answers, asked, strict=True)):
+        assert answer.output_ids == expected.output_ids, f"prompt {number}, of {len(expected.prompt)} tokens"
+    return [answer.cached_tokens for answer in answers]
+
+
+def test_two_ranks_answer_like_one_process(two_ranks: SGLangServer, stock: StockAnswers) -> None:
+    """Hits, chunks, eviction, and twins whose pages the tree joins."""
+    for _ in range(2):
+        check(two_ranks, stock.mixed, concurrency=8)
+    twin = stock.twin
+    body = generate_body(twin.prompt, twin.tokens) | {"input_ids": [list(twin.prompt)] * 2}
+    replies = two_ranks.post("/generate", body).json()
+    assert [tuple(reply["output_ids"]) for reply in replies] == [twin.output_ids] * 2
+    check(two_ranks, stock.hungry, concurrency=8)
+    assert check(two_ranks, [twin], concurrency=1)[0] > 0
+
+
+def test_two_ranks_under_a_limit_that_moves(two_ranks: SGLangServer, stock: StockAnswers) -> None:
+    done = threading.Event()
+
+    def move() -> None:
+        moves = 0
+        while not done.wait(0.3):
+            assert main(["limit", f"127.0.0.1:{two_ranks.port}", "45%" if moves % 2 == 0 else "100%", "--wait=0"]) == 0
+            moves += 1
+
+    with ThreadPoolExecutor(1) as executor:
+        moving = executor.submit(move)
+        try:
+            check(two_ranks, [*stock.mixed, *stock.hungry[:3]], concurrency=8)
+        finally:
+            done.set()
+        moving.result()
+    assert main(["limit", f"127.0.0.1:{two_ranks.port}", "100%"]) == 0
+
+
+def test_rank_0_tells_all_when_old_prefixes_go(two_ranks: SGLangServer, stock: StockAnswers) -> None:
+    check(two_ranks, [stock.mixed[17]], concurrency=1)
+    two_ranks.wait_for(lambda figures: figures["pages_backed"] == 0, seconds=15)
+    assert two_ranks.vtensor()["pages_evicted_by_age"] > 0
+    check(two_ranks, stock.mixed[::4], concurrency=2)
+
+
+def test_two_replicas_answer_like_one_process(
+    two_replicas: SGLangServer, stock: StockAnswers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(two_replicas, stock.mixed, concurrency=8)
+    assert main(["limit", f"127.0.0.1:{two_replicas.port}", "50%"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said[:2]] == ["replica 0", "replica 1"]
+    assert all("limit 1.00 MiB of 2.00 MiB" in line or "limit 512.00 KiB of 1.00 MiB" in line for line in said[:2])
+    check(two_replicas, stock.mixed[::2], concurrency=8)
