@@ -1,0 +1,184 @@
+"""What the books of the pool cost the scheduler's thread: admit, decode step and free, as the server grows.
+
+The driver here does nothing, so that only our own Python is timed; what driver calls cost is in ``bench_vmm`` and in
+the servers' figures. Needs no GPU:
+
+    python bench/bench_core.py [--steps 300] [--no-record]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from results import Results
+
+from sgl_vtensor.core.layout import plan_layout
+from sgl_vtensor.core.pages import Pages
+from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.vmm.base import Allocation, DriverBase, Mapping, Reservation
+
+GRANULE_BYTES = 2 << 20
+PAGE_TOKENS = 64
+PREFIX_PAGES, OWN_PAGES = 64, 32
+NUM_PREFIXES = 16
+
+
+class NullDriver(DriverBase):
+    """The tables of a driver, without a driver."""
+
+    name = "null"
+
+    def __init__(self) -> None:
+        super().__init__(GRANULE_BYTES, torch.device("cpu"))
+        self._next_address = GRANULE_BYTES
+
+    def _reserve(self, num_bytes: int) -> int:
+        address, self._next_address = self._next_address, self._next_address + num_bytes
+        return address
+
+    def _free_reservation(self, reservation: Reservation) -> None: ...
+
+    def _create(self, num_bytes: int) -> int:
+        return 1
+
+    def _release(self, allocation: Allocation) -> None: ...
+
+    def _reclaim(self, allocation: Allocation) -> None: ...
+
+    def _map(self, address: int, allocation: Allocation, reservation: Reservation, writable: bool) -> None: ...
+
+    def _unmap(self, address: int, mapping: Mapping) -> None: ...
+
+    def _tensor(self, address: int, num_bytes: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _memory_info(self) -> tuple[int, int]:
+        return 1 << 50, 1 << 50
+
+    def _close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a server is."""
+
+    rows: int
+    pages: int
+    running: int
+    context_tokens: int
+
+    def __str__(self) -> str:
+        return f"rows={self.rows} pages={self.pages} running={self.running} context={self.context_tokens}"
+
+
+SIZES = (
+    Size(rows=512, pages=25_000, running=125, context_tokens=32_768),
+    Size(rows=4096, pages=100_000, running=125, context_tokens=131_072),
+    Size(rows=4096, pages=100_000, running=500, context_tokens=131_072),
+    Size(rows=4096, pages=100_000, running=1000, context_tokens=131_072),
+)
+
+
+class Load:
+    """Requests that share prefixes, run, end, and leave parked rows behind; each new one takes the place of another."""
+
+    def __init__(self, size: Size) -> None:
+        layout = plan_layout(
+            num_layers=32,
+            num_kv_heads=8,
+            head_dim=128,
+            v_head_dim=128,
+            itemsize=2,
+            granule_bytes=GRANULE_BYTES,
+            page_tokens=PAGE_TOKENS,
+        )
+        pages = Pages(NullDriver(), layout, size.pages)
+        self.pool = VTensorPool(
+            pages, num_slots=size.running + 1, max_len_tokens=size.context_tokens, num_rows=size.rows
+        )
+        pages.secure(size.pages)
+        self.dice = np.random.default_rng(1)
+        self.slots = np.arange(1, size.running + 1)
+        self.lens = np.zeros(size.running + 2, dtype=np.int64)
+        self.prefixes = []
+        for _ in range(NUM_PREFIXES):
+            self.prefixes.append(pages.take_many(PREFIX_PAGES))
+        for slot in self.slots.tolist():
+            self.admit(slot)
+        for _ in range(2 * size.rows):  # until every row has been used
+            slot = int(self.dice.choice(self.slots))
+            self.free(slot)
+            self.admit(slot)
+
+    def admit(self, slot: int) -> None:
+        """A prefix hit, pages of its own, and its row in step."""
+        len_tokens = (PREFIX_PAGES + OWN_PAGES) * PAGE_TOKENS - int(self.dice.integers(0, PAGE_TOKENS))
+        self.pool.open(slot, self.prefixes[int(self.dice.integers(NUM_PREFIXES))], len_tokens)
+        if not self.pool.grow([slot], [len_tokens]):
+            raise SystemExit("the pool is too small for this load")
+        self.pool.ensure([slot])
+        self.lens[slot] = len_tokens
+
+    def free(self, slot: int) -> None:
+        """Its own pages go back, its row is parked."""
+        pages = self.pool.pages_of(slot, PREFIX_PAGES, int(self.pool.num_wanted[slot]))
+        self.pool.free(pages)
+        self.pool.close(slot)
+        self.pool.launch(None)
+
+    def decode(self) -> None:
+        """What ``srt/allocator.py`` and ``srt/runtime.py`` do for one step of all requests."""
+        pool = self.pool
+        pool.drain(in_flight=0)
+        self.lens[self.slots] += 1
+        stops = self.lens[self.slots]
+        crossing = np.flatnonzero((stops - 1) % PAGE_TOKENS == 0)
+        if not pool.secure(crossing.size):
+            raise SystemExit("the pool is too small for this load")
+        if crossing.size:
+            pool.grow(self.slots[crossing].tolist(), stops[crossing].tolist())
+        last = stops - 1
+        _ = pool.wanted[self.slots, last // PAGE_TOKENS].astype(np.int64) * PAGE_TOKENS + last % PAGE_TOKENS
+        pool.ensure(self.slots)
+        _ = pool.is_synced(self.slots)
+        _ = pool.row_of_slot[self.slots]
+        pool.launch(None)
+
+
+def timed(call: Callable[[], None]) -> float:
+    start = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - start) / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the pool's books cost the scheduler's thread.")
+    parser.add_argument("--steps", type=int, default=300, help="decode steps a size (%(default)s)")
+    parser.add_argument("--no-record", action="store_true", help="only print")
+    parser.add_argument("--out", type=Path, help="a folder for a copy of the rows")
+    options = parser.parse_args()
+    results = None if options.no_record else Results("core", options.out)
+    for size in SIZES:
+        load = Load(size)
+        times: dict[str, list[float]] = {"admit": [], "decode_step": [], "free": []}
+        for step in range(options.steps):
+            times["decode_step"].append(timed(load.decode))
+            slot = int(load.slots[step % size.running])
+            times["free"].append(timed(partial(load.free, slot)))
+            times["admit"].append(timed(partial(load.admit, slot)))
+        for name, values in times.items():
+            low, middle, high = np.percentile(values, (20, 50, 80))
+            print(f"{size!s:60} {name:12} {middle:9.1f} us  ({low:.1f} to {high:.1f})", flush=True)
+            if results:
+                results.add(str(size), "vtensor", f"{name}_time", "us", values)
+
+
+if __name__ == "__main__":
+    main()
