@@ -100,13 +100,13 @@ class World:
     def budget(self, *, num_mixed: int = 0) -> VTensorPrefillBudget:
         return VTensorPrefillBudget(self.allocator, self.tree, num_mixed_decode_tokens=num_mixed)
 
-    def admits(self, num_pages: int, budget: VTensorPrefillBudget | None = None) -> bool:
+    def admits(self, num_pages: int, budget: VTensorPrefillBudget | None = None, *, answer_pages: int = 0) -> bool:
         tokens = num_pages * PAGE_TOKENS
         budget = budget or self.budget()
         admitted, _ = budget.check_prefill(
             extend_input_len=tokens,
-            total_tokens=tokens,
-            max_new_tokens=0,
+            total_tokens=tokens + answer_pages * PAGE_TOKENS,
+            max_new_tokens=answer_pages * PAGE_TOKENS,
             input_tokens=tokens,
             swa_host_hit_length=0,
             chunk_limit=None,
@@ -174,6 +174,7 @@ def test_the_limit_holds_admission_and_what_was_accepted_is_served_alone(world: 
     world.run(1, 20)
     assert world.admits(15)
     assert not world.admits(30)
+    assert not world.admits(15, answer_pages=10), "its answer counts"
     world.run(2, 15)
     assert not world.admits(6)
     world.policy.set_limit(pages(world, 60))
