@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from sgl_vtensor.errors import VTensorError
+from sgl_vtensor.errors import ConfigError, VTensorError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +57,58 @@ def parser() -> argparse.ArgumentParser:
         "--wait", type=float, default=5.0, metavar="S", help="seconds to wait for memory to follow (%(default)g)"
     )
     limit.set_defaults(run=_limit)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check whether this machine can serve on vTensor memory",
+        description="One line a check: ok, WARNING or FAILURE with what to do. Exit status 1 if any failed.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print a list of findings for programs")
+    doctor.set_defaults(run=_doctor)
+
+    plan = commands.add_parser(
+        "plan",
+        help="what a model's KV cache looks like in pages and rows",
+        description="Reads a model's config.json and prints page sizes, what they waste and cost, and which one a "
+        "server on CUDA would take. Starts nothing and needs no GPU.",
+    )
+    plan.add_argument("model", metavar="MODEL", help="a model folder, or its config.json")
+    plan.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (%(default)s)")
+    plan.add_argument("--kv-dtype", default="auto", help="auto, bfloat16, fp8_e4m3, ... (%(default)s)")
+    plan.add_argument("--context-length", type=int, metavar="N", help="longest request; default: the model's")
+    plan.add_argument("--max-running-requests", type=int, default=256, metavar="N", help="at once (%(default)s)")
+    plan.add_argument("--memory", default="40GiB", metavar="SIZE", help="for KV on one GPU (%(default)s)")
+    plan.add_argument("--json", action="store_true", help="print the figures for programs")
+    plan.set_defaults(run=_plan)
     return result
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from sgl_vtensor.cli import doctor
+
+    return doctor.run(as_json=options.json)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from sgl_vtensor.cli import plan
+    from sgl_vtensor.config import parse_size
+
+    memory = parse_size("--memory", options.memory)
+    if memory.is_share:
+        raise ConfigError("--memory wants an amount like 40GiB: plan looks at no GPU of which it could be a share")
+    for name in ("context_length", "max_running_requests"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is too few; give at least 1")
+    return plan.run(
+        options.model,
+        tp=options.tp,
+        kv_dtype=options.kv_dtype,
+        context_tokens=options.context_length,
+        requests=options.max_running_requests,
+        memory_bytes=int(memory.amount),
+        as_json=options.json,
+    )
 
 
 def _add_server(command: argparse.ArgumentParser) -> None:

@@ -18,6 +18,10 @@ ALIGNMENT_BYTES = 16
 """What Hopper's copy engine asks of every stride (CUDA programming guide, tensor maps)."""
 
 DEFAULT_MAX_WASTE = 0.10
+CUDA_GRANULE_BYTES = 2 << 20
+CUDA_MIN_PAGE_TOKENS = 64
+"""A mapping costs CUDA about 31 us whatever its size: 16 tokens a page would be four times the calls of 64. Hits are
+token-granular in either case."""
 PAGE_TOKENS_CHOICES = (16, 32, 64, 128, 256, 512, 1024)
 
 

@@ -20,6 +20,8 @@ from sgl_vtensor.core.pages import PADDING_PAGE, Pages
 from sgl_vtensor.errors import OutOfMemory, VTensorError
 
 PADDING_ROW = 0
+WINDOW_BYTES_MAX = 100 << 40
+"""Address space for all rows: what a 47-bit address space leaves beside everything else."""
 MAX_AGREEING = 8
 MAX_OLDEST = 4
 MAX_SCANNED = 256

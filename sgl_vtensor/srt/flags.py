@@ -16,7 +16,13 @@ from sglang.srt.environ import envs
 from sglang.srt.runtime_context import get_context
 
 from sgl_vtensor.config import KERNELS, VTensorConfig, load_config, switched_on
-from sgl_vtensor.core.layout import PAGE_TOKENS_CHOICES, KVLayout, plan_layout
+from sgl_vtensor.core.layout import (
+    CUDA_GRANULE_BYTES,
+    CUDA_MIN_PAGE_TOKENS,
+    PAGE_TOKENS_CHOICES,
+    KVLayout,
+    plan_layout,
+)
 from sgl_vtensor.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -24,11 +30,7 @@ logger = logging.getLogger(__name__)
 NAME = "vtensor"
 """Of our attention backend, our radix cache backend, and our source in SGLang's resolution."""
 
-CUDA_GRANULE_BYTES = 2 << 20
 HOST_GRANULE_BYTES = 4096
-CUDA_MIN_PAGE_TOKENS = 64
-"""A mapping costs CUDA about 31 us whatever its size: 16 tokens a page would be four times the calls of 64. Hits are
-token-granular in either case."""
 
 _FLAGS_ATTRIBUTE = "_vtensor_flags"
 _CONFIG_ATTRIBUTE = "_vtensor_config"

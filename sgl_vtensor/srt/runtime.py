@@ -16,6 +16,7 @@ import torch
 
 from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.core.rows import WINDOW_BYTES_MAX
 from sgl_vtensor.errors import ConfigError, OutOfMemory
 from sgl_vtensor.srt.agree import Decision, join_ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator
@@ -26,8 +27,6 @@ from sgl_vtensor.srt.pool import VTensorKVPool
 
 logger = logging.getLogger(__name__)
 
-WINDOW_BYTES_MAX = 100 << 40
-"""Address space for rows: what a 47-bit address space leaves beside everything else."""
 HOST_SPARE_MAPPINGS = 8192
 """Linux mappings left to the process for its own libraries and threads."""
 

@@ -1,0 +1,95 @@
+"""``sgl-vtensor plan``: figures that were worked out by hand, and a clear word for what cannot be planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sgl_vtensor.cli.main import main
+
+LLAMA_8B = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+SMOLLM2 = LLAMA_8B | {
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_size": 576,
+    "max_position_embeddings": 8192,
+}
+
+
+def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, Any], *flags: str) -> dict[str, Any]:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--json", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    choice: dict[str, Any] = next(one for one in found["choices"] if one["page_tokens"] == found["chosen"])
+    return choice
+
+
+def test_a_model_that_fits_granules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """32 layers x 8 heads x 128 x 2 bytes, K and V: 128 KiB a token, 16 tokens in 2 MiB."""
+    found = plan(tmp_path, capsys, LLAMA_8B, "--max-running-requests=256", "--memory=40GiB")
+    assert (found["token_stride_bytes"], found["page_tokens"], found["page_bytes"]) == (131072, 64, 8 << 20)
+    assert (found["waste"], found["num_pages"], found["num_tokens"]) == (0, 5120, 327680)
+    assert (found["num_rows"], found["row_bytes"]) == (513, 16 << 30)
+    assert found["maps_per_1k_tokens"] == 31.2
+
+
+def test_a_model_that_needs_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """23 040 bytes a token: 64 of them fill 1.4 of 2 MiB, 256 of them 5.6 of 6."""
+    found = plan(tmp_path, capsys, SMOLLM2)
+    assert (found["token_bytes"], found["page_tokens"], found["page_bytes"]) == (23040, 256, 6 << 20)
+    assert found["waste"] == 0.0625
+
+
+@pytest.mark.parametrize(
+    ("flags", "stride"), [(["--tp=2"], 65536), (["--kv-dtype=fp8_e4m3"], 65536), (["--tp=16"], 16384)]
+)
+def test_ranks_and_dtypes_divide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], stride: int
+) -> None:
+    assert plan(tmp_path, capsys, LLAMA_8B, *flags)["token_bytes"] == stride
+
+
+def test_what_a_person_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    assert main(["plan", str(tmp_path / "config.json"), "--max-running-requests=2000", "--context-length=1000000"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "= 131,072 B." in said and "64 tokens *" in said
+    assert "lower --max-running-requests to 837" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "said"),
+    [
+        (None, [], "does not exist"),
+        ({}, [], "lacks 'num_hidden_layers'"),
+        (LLAMA_8B | {"kv_lora_rank": 512}, [], "multi-head latent attention"),
+        (LLAMA_8B, ["--tp=3"], "cannot be divided among --tp 3"),
+        (LLAMA_8B, ["--tp=0"], "cannot be divided among --tp 0"),
+        (LLAMA_8B, ["--kv-dtype=int3"], "--kv-dtype int3 is not known"),
+        (LLAMA_8B, ["--memory=lots"], "24GiB"),
+        (LLAMA_8B, ["--memory=50%"], "looks at no GPU"),
+        (LLAMA_8B, ["--context-length=0"], "give at least 1"),
+    ],
+)
+def test_what_cannot_be_planned(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: dict[str, Any] | None,
+    flags: list[str],
+    said: str,
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), *flags]) == 1
+    assert said in capsys.readouterr().err
