@@ -32,7 +32,11 @@ PARAMETERS = {
     "TpModelWorker.forward_batch_generation": ["self", "batch"],
     "TpModelWorker.forward_batch_embedding": ["self", "batch"],
     "Scheduler.on_idle": ["self"],
+    "Scheduler._poll_timeout_aborts": ["self"],
+    "Scheduler.process_input_requests": ["self", "recv_reqs"],
+    "SchedulerInternalStateController._update_handlers": ["self"],
     "SchedulerInternalStateController.get_internal_state": ["self"],
+    "TpModelWorker.get_worker_info": ["self"],
 }
 
 
