@@ -49,11 +49,14 @@ def _gpu() -> str:
 
 
 class Results:
-    """Appends to ``bench/results/<bench>.csv``, and to a copy in ``folder`` where one is given."""
+    """Appends to ``bench/results/<bench>.csv``, and to a copy in ``folder`` where one is given.
+
+    Without a GPU to the copy only: times on the host driver are not worth a row that stays.
+    """
 
     def __init__(self, bench: str, folder: Path | None = None) -> None:
-        self.bench = bench
-        self._files = [FOLDER / f"{bench}.csv"] + ([folder / f"{bench}.csv"] if folder else [])
+        kept = [FOLDER / f"{bench}.csv"] if torch.cuda.is_available() else []
+        self._files = kept + ([folder / f"{bench}.csv"] if folder else [])
         self._head = (datetime.date.today().isoformat(), _commit(), _gpu(), _versions(), bench)
 
     def add(self, case: str, impl: str, metric: str, unit: str, values: Sequence[float]) -> None:
