@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,9 @@ class Comparison:
         finally:
             for server in servers:
                 self._last_words(server)
-            for server in servers:
-                server.stop()
             self._write(self.measured[first:])
+            with ThreadPoolExecutor() as executor:  # SGLang takes some ten seconds to end
+                list(executor.map(lambda server: server.stop(), servers))
 
     def _started(self, names: list[str]) -> list[Remote]:
         options = self.options
@@ -228,11 +229,11 @@ class Comparison:
         lines = [f"medians; ratios are to {baseline}, seed by seed: median (least to most), above 1 is more"]
         head = f"{'server':26}" + "".join(f"{name:>13}" for name in SHOWN)
         for case, state in dict.fromkeys((one.case, one.state) for one in self.measured):
-            lines += ["", f"{case} {state}", head + "".join(f"{name + ' ratio':>24}" for name in RATIOS)]
+            lines += ["", f"{case} {state}", head + "".join(f"{name + ' ratio':>26}" for name in RATIOS)]
             here = [one for one in self.measured if (one.case, one.state) == (case, state)]
             for name in dict.fromkeys(one.server for one in here):
                 cells = "".join(f"{_median(here, name, metric):13.4g}" for metric in SHOWN)
-                ratios = "".join(f"{_ratio(here, name, baseline, metric):>24}" for metric in RATIOS)
+                ratios = "".join(f"{_ratio(here, name, baseline, metric):>26}" for metric in RATIOS)
                 lines.append(f"{name:26}{cells}{ratios}")
         return "\n".join(lines)
 

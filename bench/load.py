@@ -184,7 +184,8 @@ async def play(
     total = sum(len(session.turns) for session in workload.sessions)
     client = aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=timeout_s),
-        connector=aiohttp.TCPConnector(limit=0),
+        # A connection each: uvicorn closes one that has been idle for 5 s, perhaps just as a user who thought asks on.
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         read_bufsize=1 << 22,
     )
     bar = tqdm(total=total, desc=workload.name, unit="req", disable=None if progress else True, leave=False)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import workloads
-from fake_server import FakeServer, running
 from load import Run, by_turn, play, summarize
 from workloads import SHAREGPT, TABLE, Workload, build, from_sharegpt
+
+from .fake_sglang import FakeServer, running
 
 
 def played(workload: Workload, server: FakeServer, **options: Any) -> Run:

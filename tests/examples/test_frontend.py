@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from server import PAGE_TOKENS, SGLangServer
 
-from sgl_vtensor.cli.smollm2 import smollm2
-from sgl_vtensor.cli.tiny_model import TinyLlama
-
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(ROOT / "tests" / "srt"))
-from server import PAGE_TOKENS, VTENSOR, SGLangServer  # noqa: E402
-
+EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.server
 
 
@@ -36,16 +30,6 @@ class Report:
 
 
 Run = Callable[[str], Report]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
-    folder = tmp_path_factory.mktemp("examples")
-    model = TinyLlama().write(folder / "tiny-llama", tokenizer=smollm2())
-    # Of SGLang's grammar backends llguidance is the one that masks logits on a CPU without more to install.
-    flags = (*VTENSOR, "--max-total-tokens=8192", "--grammar-backend=llguidance")
-    with SGLangServer(model, folder / "log", flags) as server:
-        yield server
 
 
 @pytest.fixture
