@@ -81,7 +81,8 @@ class Comparison:
 
     @property
     def left_s(self) -> float:
-        return self.options.budget_seconds - (time.monotonic() - self.begin) - STOP_SECONDS
+        budget_s: float = self.options.budget_seconds
+        return budget_s - (time.monotonic() - self.begin) - STOP_SECONDS
 
     def group(self, names: list[str]) -> None:
         """One group: start, compare logprobs, warm up, measure in turn, stop."""

@@ -23,10 +23,11 @@ left() { echo $((limit_s - SECONDS)); }
 say() { echo "[$SECONDS s] $*" >> "$work/summary.txt"; echo "[$SECONDS s] $*"; }
 
 pack() { # files are moved into place whole, so that a kill never leaves half of one
-  tar czf "$work/.logs.tar.gz" -C "$work" --exclude='.*.tar.gz' --exclude=tiny-llama . 2> /dev/null
-  mv "$work/.logs.tar.gz" "$out/logs.tar.gz"
+  local new=$work/.$BASHPID.new file
+  (cd "$work" && tar czf "$new" --exclude=tiny-llama -- * 2> /dev/null)
+  [ $? -gt 1 ] || mv "$new" "$out/logs.tar.gz" # 1: a log grew meanwhile
   for file in summary.txt memcheck.log servers/serving.csv servers/runs.jsonl; do
-    [ ! -f "$work/$file" ] || cp "$work/$file" "$out/.new" && mv "$out/.new" "$out/$(basename "$file")" 2> /dev/null
+    if [ -f "$work/$file" ]; then cp "$work/$file" "$new" && mv "$new" "$out/$(basename "$file")"; fi
   done
 }
 
@@ -50,7 +51,8 @@ step() { # NAME SECONDS COMMAND...: a log of its own, and a limit of its own wit
   pack
 }
 
-(while sleep 20; do pack; done) &
+# A wait without a child, which would hold our output open after we have ended.
+(while ! read -rt 20; do pack; done) <> <(:) > /dev/null 2>&1 &
 packer=$!
 finish() {
   kill $packer 2> /dev/null

@@ -92,8 +92,8 @@ def main() -> int:
     settings = {name: str(value) for name, value in vars(options).items()}
     save(run, options.out, {"case": workload.case, **settings})
     errors = sorted({sample.error for sample in run.samples if sample.error})
-    for error in errors[:5]:
-        print(f"error: {error}", file=sys.stderr)
+    for text in errors[:5]:
+        print(f"error: {text}", file=sys.stderr)
     return 1 if errors else 0
 
 

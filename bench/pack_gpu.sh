@@ -1,7 +1,9 @@
 #!/bin/bash
 # Makes the git-ignored folder .gpu/ that a machine with a GPU but without a network needs beside the checkout to run
 # SGLang: its site directory, a model's config, the plugin's entry points, and env.sh, which sets all of it up there.
-# Needs pip, strip and xz; two minutes, 50 MB. usage: bench/pack_gpu.sh [--again]; SHARED_GPU: where build_site.sh is
+# Needs pip, strip and xz; two to three minutes and 45 MB the first time. Run it again before each session: that takes a
+# second, and notes the commit, which the rows of results will name. SHARED_GPU: where build_site.sh is.
+# usage: bench/pack_gpu.sh [--again]     --again: also the site directory
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 shared=${SHARED_GPU:-$root/../shared/gpu}
