@@ -296,7 +296,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--scale", type=float, default=1.0 if cuda else 0.02, help="of the workloads' sizes (%(default)s)"
     )
     parser.add_argument("--users", type=int, default=0, help="at a time; default: as in the table")
-    parser.add_argument("--rounds", type=int, default=2, help="each with a seed of its own (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=2 if cuda else 1, help="each with a seed of its own (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the first round (%(default)s)")
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--baseline", help="the server that ratios are to; default: the first")

@@ -8,13 +8,13 @@
 # limit and log, and what there is goes to $OUT every 20 seconds, so that nothing is lost however this ends. In $OUT:
 # summary.txt, serving.csv (rows to append to bench/results/serving.csv), runs.jsonl, memcheck.log, logs.tar.gz and
 # caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a GPU it is a dry run on a tiny model.
-#   SESSION_SECONDS  for all of it (570)      PYTHON  (python3)      WORKLOADS  (gsp)      ROUNDS  (1)
+#   SESSION_SECONDS  for all of it (560)      PYTHON  (python3)      WORKLOADS  (gsp)      ROUNDS  (1)
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${OUT:?where the results are to go}")
 mkdir -p "$out"
 work=$(mktemp -d /tmp/gpu-session.XXXXXX)
-limit_s=${SESSION_SECONDS:-570}
+limit_s=${SESSION_SECONDS:-560}
 steps=${*:-servers memcheck}
 memcheck_s=80
 status=0

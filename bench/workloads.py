@@ -221,6 +221,9 @@ TABLE = {
     # About 220 tokens an answer: what SGLang's own agentic benchmark takes for traces like OpenHands'.
     "agent": Kind("agents: tools and rules for all, 12 steps", 16, 16, 1, 4096, turns=12, question=600, answer=220),
     "single": Kind("one question each, nothing shared", 32, 128, 128, 0, question=1024, answer=128),
+    "generate": Kind(
+        "long answers to long questions, as in the vTensor paper", 16, 16, 16, 0, question=7000, answer=3000
+    ),
     "gsp": Kind("sglang.bench_serving's generated-shared-prefix", 32, 128, 8, 4096, question=256, answer=64),
 }
 
@@ -258,7 +261,7 @@ def build(
     groups = number(kind.groups)
     systems = [_content(draw, tokens(kind.system), text) for _ in range(groups)]
     sessions, start_s = [], 0.0
-    for index in range(number(kind.sessions)):
+    for index in range(max(number(kind.sessions), users)):
         turns = []
         for turn in range(kind.turns or kind.trace.turns(draw)):
             question = tokens(kind.question or kind.trace.question(draw))
