@@ -74,7 +74,7 @@ class Comparison:
         self.begin = time.monotonic()
         self.results = Results("serving", options.out)
         self.measured: list[Measured] = []
-        self.answers: dict[str, list[logprobs.Answer]] = {}
+        self.answers: dict[str, dict[int, logprobs.Answer]] = {}
         self.failed = False
         """Something that was to be measured was not."""
         self._start_s = 0.0
@@ -135,8 +135,9 @@ class Comparison:
             if self.left_s < LEAST_RUN_SECONDS:
                 raise OutOfTime("none is left for logprobs")
             self.answers[server.name] = logprobs.ask(server, self.options.longest_probe)
-            baseline, count = next(iter(self.answers)), len(self.answers[server.name])
+            baseline = next(iter(self.answers))
             found = logprobs.difference(self.answers[server.name], self.answers[baseline])
+            count = int(found.pop("prompts"))
             for metric, value in found.items():
                 metric_unit = "1" if metric == "first_tokens_differ" else "nat"
                 case = f"first-token logprob, {count} prompts"
@@ -303,7 +304,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--baseline", help="the server that ratios are to; default: the first")
     parser.add_argument(
-        "--longest-probe", type=int, default=8100 if cuda else 600,
+        "--longest-probe", type=int, default=9000 if cuda else 600,
         help="longest prompt, in tokens, whose first-token logprobs are compared; 0: none (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--budget-seconds", type=float, default=3600.0, help="for all of it (%(default)s)")

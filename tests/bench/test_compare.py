@@ -83,7 +83,7 @@ def test_servers_are_measured_in_turn_with_the_same_traffic(tmp_path: Path, caps
 def test_the_budget_holds_and_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "STOP_SECONDS", 0.5)
     monkeypatch.setattr(compare, "LEAST_RUN_SECONDS", 0.2)
-    budget = ("--workload=single", f"--budget-seconds={MOST_SECONDS - 2}")
+    budget = ("--workload=single", "--rounds=2", f"--budget-seconds={MOST_SECONDS - 2}")
     # b's warm-up alone takes longer than there is; a has been warmed up by then.
     assert compared(tmp_path, {"a": FakeServer(), "b": FakeServer(3.0)}, *budget) == 1
     assert not (tmp_path / "runs.jsonl").exists()
