@@ -325,9 +325,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             "cached tokens rightly; its times say nothing about a GPU."
         )
         options.model = options.model or str(TinyLlama().write(options.out / "tiny-llama", tokenizer=smollm2()))
-        host = "--device=cpu --dtype=float32 --sampling-backend=pytorch --grammar-backend=none --skip-server-warmup"
-        options.server_flags = [*host.split(), "--mem-fraction-static=0.3", "--max-total-tokens=32768",
-                                *options.server_flags]  # fmt: skip
+        # An idle SGLang server polls: two of them side by side would leave the one that is measured half of two cores.
+        host = "--sleep-on-idle --device=cpu --dtype=float32 --sampling-backend=pytorch --grammar-backend=none"
+        host += " --skip-server-warmup --mem-fraction-static=0.3 --max-total-tokens=32768"
+        options.server_flags = [*host.split(), *options.server_flags]
     elif not options.url:
         options.model = options.model or str(smollm2())
     if not options.url:
