@@ -72,7 +72,7 @@ class Comparison:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.begin = time.monotonic()
-        self.results = Results("serving", options.out)
+        self.results = Results("serving", options.out, keep=torch.cuda.is_available())
         self.measured: list[Measured] = []
         self.answers: dict[str, dict[int, logprobs.Answer]] = {}
         self.failed = False

@@ -51,11 +51,12 @@ def _gpu() -> str:
 class Results:
     """Appends to ``bench/results/<bench>.csv``, and to a copy in ``folder`` where one is given.
 
-    Without a GPU to the copy only: times on the host driver are not worth a row that stays.
+    ``keep=False``: to the copy only, for figures that are not worth a row that stays.
     """
 
-    def __init__(self, bench: str, folder: Path | None = None) -> None:
-        kept = [FOLDER / f"{bench}.csv"] if torch.cuda.is_available() else []
+    def __init__(self, bench: str, folder: Path | None = None, *, keep: bool = True) -> None:
+        self.bench = bench
+        kept = [FOLDER / f"{bench}.csv"] if keep else []
         self._files = kept + ([folder / f"{bench}.csv"] if folder else [])
         self._head = (datetime.date.today().isoformat(), _commit(), _gpu(), _versions(), bench)
 
