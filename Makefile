@@ -1,7 +1,7 @@
 # Every target first makes what it needs (tools/env.py): SGLang's environment, once, outside the checkout.
 #   VENV=DIR     an environment elsewhere; one of your own is used as it is
 #   PYTHON=...   the Python (3.11 or 3.12) to make it with
-#   ARGS=...     passed on: make test ARGS="-k rows -x", make demo ARGS="--port 31000"
+#   ARGS=...     passed on: make test ARGS="-k rows -x", make demo ARGS="--port 31000"; make bench: to bench/compare.py
 
 VERSION_OK := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -39,7 +39,8 @@ check: env
 	$(RUN) -m mypy
 
 bench: env
-	@set -e; for file in bench/bench_*.py; do echo "== $$file"; $(RUN) $$file $(ARGS); done
+	@set -e; for file in bench/bench_*.py; do echo "== $$file"; $(RUN) $$file; done
+	$(RUN) bench/compare.py $(ARGS)
 
 env: python
 	@$(ENV)

@@ -49,11 +49,15 @@ def _gpu() -> str:
 
 
 class Results:
-    """Appends to ``bench/results/<bench>.csv``, and to a copy in ``folder`` where one is given."""
+    """Appends to ``bench/results/<bench>.csv``, and to a copy in ``folder`` where one is given.
 
-    def __init__(self, bench: str, folder: Path | None = None) -> None:
+    ``keep=False``: to the copy only, for figures that are not worth a row that stays.
+    """
+
+    def __init__(self, bench: str, folder: Path | None = None, *, keep: bool = True) -> None:
         self.bench = bench
-        self._files = [FOLDER / f"{bench}.csv"] + ([folder / f"{bench}.csv"] if folder else [])
+        kept = [FOLDER / f"{bench}.csv"] if keep else []
+        self._files = kept + ([folder / f"{bench}.csv"] if folder else [])
         self._head = (datetime.date.today().isoformat(), _commit(), _gpu(), _versions(), bench)
 
     def add(self, case: str, impl: str, metric: str, unit: str, values: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""Named server configurations for side-by-side runs, and how to start and stop them."""
+"""Named server configurations, how to start and stop them, and what to ask of a server that runs."""
 
 from __future__ import annotations
 
@@ -28,32 +28,54 @@ CONFIGS: dict[str, list[str]] = {
 """``name+FLAG=VALUE`` adds a flag to a configuration: ``vtensor-triton+vtensor-page-tokens=64``."""
 
 
-class Server(Process):
-    """One SGLang server: a process group that ends with the benchmark, however that ends."""
+def flags_of(name: str) -> list[str]:
+    """The flags of a configuration, additions included.
 
-    def __init__(self, name: str, model: str, port: int, log: Path, extra: list[str]) -> None:
+    Raises:
+        KeyError: no such configuration; the message names those that there are.
+    """
+    base, *additions = name.split("+")
+    if base not in CONFIGS:
+        raise KeyError(f"no server configuration {base!r}; there are {', '.join(CONFIGS)}")
+    return [*CONFIGS[base], *(part for addition in additions for part in f"--{addition}".split("=", 1))]
+
+
+class Remote:
+    """A server that somebody has started."""
+
+    def __init__(self, name: str, url: str) -> None:
         self.name = name
-        self.url = f"http://127.0.0.1:{port}"
-        base, *additions = name.split("+")
-        flags = [part for addition in additions for part in f"--{addition}".split("=", 1)]
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
-        super().__init__(
-            [*command, *CONFIGS[base], *extra, *flags], log, environment={**os.environ, "PYTHONUNBUFFERED": "1"}
-        )
+        self.url = url.rstrip("/")
 
-    def wait(self, timeout_s: float = 400) -> None:
-        """Return when the server answers; raise with the log's end when it does not come up."""
+    def wait(self, timeout_s: float) -> None:
+        """Return when the server answers.
+
+        Raises:
+            RuntimeError, ServerFailed: it did not within the time, or it has ended. The message has its log's end.
+        """
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and self.running():
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
-                    if answer.status == 200:
+                    if answer.status == 200 and self.is_it():
                         return
             except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        failure = self.failed(f"{self.name} did not start")
-        self.stop()
-        raise failure
+                pass
+            time.sleep(0.5)
+        raise self.failure(f"{self.name} at {self.url} did not answer within {timeout_s:.0f} s")
+
+    def is_it(self) -> bool:
+        """Whether who answers at the url is this server."""
+        return True
+
+    def running(self) -> bool:
+        return True
+
+    def failure(self, what: str) -> Exception:
+        return RuntimeError(what)
+
+    def stop(self) -> None:
+        """Nothing: it is not ours."""
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 300) -> Any:
         request = urllib.request.Request(
@@ -66,14 +88,51 @@ class Server(Process):
         except json.JSONDecodeError:
             return text
 
+    def flush(self) -> None:
+        """Empty the cache, once nothing runs."""
+        self.post("/flush_cache?timeout=60", {})
+
+    def info(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.url}/server_info", timeout=30) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
     def vtensor(self) -> dict[str, Any]:
         """The server's vtensor figures; empty for a stock server."""
-        with urllib.request.urlopen(f"{self.url}/server_info", timeout=10) as answer:
-            state: dict[str, Any] = json.load(answer)["internal_states"][0]
-        return state.get("vtensor", {})
+        states = self.info().get("internal_states") or [{}]
+        section: dict[str, Any] = states[0].get("vtensor") or {}
+        return section
 
     def errors(self) -> list[str]:
-        """Lines of the log that report a failure."""
+        """Lines of the log that report a failure; of a log that is not ours, none."""
+        return []
+
+
+class Server(Remote):
+    """A server of a named configuration: a process group that ends with the benchmark, however that ends."""
+
+    def __init__(self, name: str, model: str, port: int, log: Path, extra: list[str]) -> None:
+        super().__init__(name, f"http://127.0.0.1:{port}")
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
+        # SGLang takes its port late: until then, and if it fails to, somebody else's server may answer there.
+        self._served_name = f"{name}-{os.getpid()}-{time.monotonic_ns()}"
+        command += ["--served-model-name", self._served_name, "--enable-cache-report"]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self._process = Process([*command, *flags_of(name), *extra], log, environment)
+
+    def is_it(self) -> bool:
+        return bool(self.info().get("served_model_name") == self._served_name)
+
+    def running(self) -> bool:
+        return self._process.running()
+
+    def failure(self, what: str) -> Exception:
+        return self._process.failed(what)
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def errors(self) -> list[str]:
         marks = ("CUDA error", "illegal memory", "leak detected", "hit an exception", "VTensorError", "DriverError")
-        text = self.log.read_text(errors="replace").splitlines()
+        text = self._process.log.read_text(errors="replace").splitlines()
         return [line for line in text if any(mark in line for mark in marks)]

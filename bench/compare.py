@@ -1,0 +1,370 @@
+"""Which server answers faster, and does it answer the same? One table of ratios, with their spread.
+
+    python bench/compare.py --model DIR --group stock-fa3 vtensor-auto --group vtensor-triton --workload gsp -- FLAGS
+    python bench/compare.py --url stock=http://127.0.0.1:30000 --url ours=http://127.0.0.1:30010 --workload chat
+
+Servers of one --group run side by side, each with its share of the GPU's memory (FLAGS: --max-total-tokens), and are
+measured in turn, never at once: A, B, A, B, each round with a new seed. Groups follow one another. A round is run cold,
+from an empty cache, and again warm. First-token logprobs of the same prompts are compared before. With
+--budget-seconds it ends in time, whatever happens, with what it has. Rows go to bench/results/serving.csv, and with
+plots, logs and every run's figures (runs.jsonl) to --out. workloads:
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import signal
+import statistics
+import sys
+import time
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import logprobs
+import torch
+import workloads
+from load import Run, by_turn, play, summarize, unit
+from plots import line_plot
+from results import Results
+from servers import Remote, Server, flags_of
+from workloads import Workload
+
+from sgl_vtensor.cli.server import free_port
+from sgl_vtensor.cli.smollm2 import smollm2
+from sgl_vtensor.cli.tiny_model import TinyLlama
+from sgl_vtensor.errors import VTensorError
+
+SHOWN = ("throughput", "output_rate", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "e2e_p50", "cached_share", "errors")
+RATIOS = ("throughput", "ttft_p50", "ttft_p99", "itl_p50")
+STATES = ("cold", "warm")
+STOP_SECONDS = 15.0
+"""Kept of the budget for stopping servers and writing."""
+LEAST_RUN_SECONDS = 5.0
+WARM_UP_SESSIONS = 4
+
+
+class OutOfTime(Exception):
+    """The budget is spent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One run's figures."""
+
+    server: str
+    workload: str
+    case: str
+    state: str
+    seed: int
+    figures: dict[str, float]
+    turns: dict[int, dict[str, float]]
+
+
+class Comparison:
+    """Runs what the command line asks for, group by group, and keeps what it has measured."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.begin = time.monotonic()
+        self.results = Results("serving", options.out, keep=torch.cuda.is_available())
+        self.measured: list[Measured] = []
+        self.answers: dict[str, dict[int, logprobs.Answer]] = {}
+        self.failed = False
+        """Something that was to be measured was not."""
+        self._start_s = 0.0
+
+    @property
+    def left_s(self) -> float:
+        budget_s: float = self.options.budget_seconds
+        return budget_s - (time.monotonic() - self.begin) - STOP_SECONDS
+
+    def group(self, names: list[str]) -> None:
+        """One group: start, compare logprobs, warm up, measure in turn, stop."""
+        if self.left_s < self._start_s + LEAST_RUN_SECONDS:
+            raise OutOfTime(f"{self.left_s:.0f} s are left, and servers took {self._start_s:.0f} s to start")
+        begin = time.monotonic()
+        servers: list[Remote] = []
+        first = len(self.measured)
+        try:
+            servers = self._started(names)
+            for server in list(servers):
+                try:
+                    server.wait(max(1.0, self.left_s))
+                except (VTensorError, RuntimeError) as error:
+                    print(f"  {server.name} is left out: {error}", flush=True)
+                    self.failed = True
+                    servers.remove(server)
+                    server.stop()
+            self._start_s = time.monotonic() - begin
+            print(f"{', '.join(one.name for one in servers)}: up after {self._start_s:.0f} s", flush=True)
+            self._compare_logprobs(servers)
+            self._measure(servers)
+        finally:
+            for server in servers:
+                self._last_words(server)
+            self._write(self.measured[first:])
+            with ThreadPoolExecutor() as executor:  # SGLang takes some ten seconds to end
+                list(executor.map(lambda server: server.stop(), servers))
+
+    def _started(self, names: list[str]) -> list[Remote]:
+        options = self.options
+        if options.url:
+            return [Remote(name, url) for name, url in (one.split("=", 1) for one in options.url)]
+        servers: list[Remote] = []
+        try:
+            for index, name in enumerate(names):
+                log = options.out / f"server-{name}.log"
+                port = free_port(options.port + 10 * index, "127.0.0.1")
+                servers.append(Server(name, options.model, port, log, options.server_flags))
+        except BaseException:
+            for server in servers:
+                server.stop()
+            raise
+        return servers
+
+    def _compare_logprobs(self, servers: list[Remote]) -> None:
+        if not self.options.longest_probe:
+            return
+        for server in servers:
+            if self.left_s < LEAST_RUN_SECONDS:
+                raise OutOfTime("none is left for logprobs")
+            self.answers[server.name] = logprobs.ask(server, self.options.longest_probe)
+            baseline = next(iter(self.answers))
+            found = logprobs.difference(self.answers[server.name], self.answers[baseline])
+            count = int(found.pop("prompts"))
+            for metric, value in found.items():
+                metric_unit = "1" if metric == "first_tokens_differ" else "nat"
+                case = f"first-token logprob, {count} prompts"
+                self.results.add(case, server.name, f"{metric}_from_{baseline}", metric_unit, [value])
+            print(
+                f"  {server.name:24s} logprobs: differ from {baseline}'s by {found['max_abs_diff']:.4f} at most, "
+                f"{found['mean_abs_diff']:.5f} on average; {found['first_tokens_differ']:.0f} of {count} first tokens",
+                flush=True,
+            )
+
+    def _measure(self, servers: list[Remote]) -> None:
+        for name in self.options.workload:
+            if (why := self._too_long(self._workload(name, self.options.seed), servers)) is not None:
+                print(f"  {name}: left out, {why}", flush=True)
+                continue
+            warm_up = self._workload(name, 0)
+            sessions = warm_up.sessions[:WARM_UP_SESSIONS]
+            for server in servers:
+                self._play(server, dataclasses.replace(warm_up, sessions=sessions))
+        for seed in range(self.options.seed, self.options.seed + self.options.rounds):
+            for name in self.options.workload:
+                workload = self._workload(name, seed)
+                if self._too_long(workload, servers) is not None:
+                    continue
+                for server in servers:
+                    server.flush()
+                for state in self.options.states:
+                    for server in servers:
+                        self._record(server, workload, seed, state, self._play(server, workload))
+
+    def _workload(self, name: str, seed: int) -> Workload:
+        return workloads.build(name, seed, scale=self.options.scale, users=self.options.users)
+
+    def _too_long(self, workload: Workload, servers: list[Remote]) -> str | None:
+        for server in servers:
+            try:
+                info = server.info()
+            except (urllib.error.URLError, OSError, ValueError):
+                continue  # not an SGLang server: try
+            limits = (info.get("max_total_num_tokens"), info.get("max_req_input_len"), info.get("context_length"))
+            most = min((limit for limit in limits if limit), default=workload.longest)
+            if workload.longest > most:
+                return f"its longest request takes {workload.longest} tokens and {server.name} has room for {most}"
+        return None
+
+    def _play(self, server: Remote, workload: Workload) -> Run:
+        if self.left_s < LEAST_RUN_SECONDS:
+            raise OutOfTime(f"it is spent before {workload.name} on {server.name}")
+
+        async def timed() -> Run:
+            return await asyncio.wait_for(play(server.url, workload), self.left_s)
+
+        try:
+            return asyncio.run(timed())
+        except TimeoutError:
+            raise OutOfTime(f"it is spent during {workload.name} on {server.name}") from None
+
+    def _record(self, server: Remote, workload: Workload, seed: int, state: str, run: Run) -> None:
+        figures = summarize(run)
+        case = f"{workload.name} scale {self.options.scale:g} c{workload.users}{_pool(self.options.server_flags)}"
+        one = Measured(server.name, workload.name, case, state, seed, figures, by_turn(run))
+        self.measured.append(one)
+        with (self.options.out / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(one) | {"sizes": workload.case}) + "\n")
+        shown = ", ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
+        print(f"  {server.name:24s} {workload.name} seed {seed} {state}: {shown}", flush=True)
+        for error in sorted({sample.error for sample in run.samples if sample.error})[:3]:
+            print(f"    error: {error}", flush=True)
+        if figures["driver_cpu"] > 0.8:
+            print(f"    the driver took {figures['driver_cpu']:.2f} of a core: these figures are not the server's")
+
+    def _last_words(self, server: Remote) -> None:
+        try:
+            print(f"  {server.name}: errors {server.errors()[:3]}, {json.dumps(server.vtensor())}", flush=True)
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            print(f"  {server.name}: errors {server.errors()[:3]}, gives no figures ({error})", flush=True)
+
+    def _write(self, measured: list[Measured]) -> None:
+        """Rows of what a group has measured: over its rounds, for each server, workload and state."""
+        for key in dict.fromkeys((one.case, one.state, one.server) for one in measured):
+            chosen = [one.figures for one in measured if (one.case, one.state, one.server) == key]
+            for metric in chosen[0]:
+                values = [figures[metric] for figures in chosen if metric in figures]
+                self.results.add(f"{key[0]} {key[1]}", key[2], metric, unit(metric), values)
+
+    def table(self) -> str:
+        """Medians over the rounds, and ratios to the first server, seed by seed: median (least to most)."""
+        if not self.measured:
+            return "Nothing was measured."
+        baseline = self.options.baseline or self.measured[0].server
+        lines = [f"medians; ratios are to {baseline}, seed by seed: median (least to most), above 1 is more"]
+        head = f"{'server':26}" + "".join(f"{name:>13}" for name in SHOWN)
+        for case, state in dict.fromkeys((one.case, one.state) for one in self.measured):
+            lines += ["", f"{case} {state}", head + "".join(f"{name + ' ratio':>26}" for name in RATIOS)]
+            here = [one for one in self.measured if (one.case, one.state) == (case, state)]
+            for name in dict.fromkeys(one.server for one in here):
+                cells = "".join(f"{_median(here, name, metric):13.4g}" for metric in SHOWN)
+                ratios = "".join(f"{_ratio(here, name, baseline, metric):>26}" for metric in RATIOS)
+                lines.append(f"{name:26}{cells}{ratios}")
+        return "\n".join(lines)
+
+    def plots(self) -> None:
+        """For each workload TTFT's percentiles, and TTFT by turn where sessions have several."""
+        for case, state in dict.fromkeys((one.case, one.state) for one in self.measured):
+            here = [one for one in self.measured if (one.case, one.state) == (case, state)]
+            names = list(dict.fromkeys(one.server for one in here))
+            stem, title = f"{here[0].workload}-{state}", f"{case} {state}"
+            line_plot(
+                self.options.out / f"{stem}-ttft.svg", title, "percentile", "TTFT, ms",
+                {n: [(float(q), _median(here, n, f"ttft_p{q}")) for q in (50, 90, 99)] for n in names},
+            )  # fmt: skip
+            if max(len(one.turns) for one in here) > 1:
+                lines = {}
+                for name in names:
+                    first = next(one for one in here if one.server == name)
+                    lines[name] = [(turn + 1.0, values["ttft_p50"]) for turn, values in first.turns.items()]
+                line_plot(self.options.out / f"{stem}-by-turn.svg", title, "turn", "TTFT p50, ms", lines)
+
+
+def _median(measured: list[Measured], server: str, metric: str) -> float:
+    values = [one.figures[metric] for one in measured if one.server == server and metric in one.figures]
+    return statistics.median(values) if values else float("nan")
+
+
+def _ratio(measured: list[Measured], server: str, baseline: str, metric: str) -> str:
+    theirs = {one.seed: one.figures.get(metric, 0.0) for one in measured if one.server == baseline}
+    found = [
+        one.figures[metric] / theirs[one.seed]
+        for one in measured
+        if one.server == server and metric in one.figures and theirs.get(one.seed)
+    ]
+    if not found:
+        return "-"
+    return f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+
+
+def _pool(flags: list[str]) -> str:
+    """The pool's size where the flags limit it: figures of small pools are of evictions too."""
+    joined = [part for flag in flags for part in flag.split("=", 1)]
+    if "--max-total-tokens" not in joined[:-1]:
+        return ""
+    return f" max-total-tokens {joined[joined.index('--max-total-tokens') + 1]}"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}{workloads.describe()}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="folder with config and tokenizer; default: SmolLM2, without a GPU a tiny one")
+    parser.add_argument("--group", nargs="+", action="append", help="servers that run side by side (bench/servers.py)")
+    parser.add_argument(
+        "--url", action="append", metavar="NAME=URL", help="servers that run already, in place of --group"
+    )
+    parser.add_argument("--workload", nargs="+", choices=sorted(workloads.TABLE), default=list(workloads.TABLE))
+    parser.add_argument(
+        "--scale", type=float, default=1.0 if cuda else 0.02, help="of the workloads' sizes (%(default)s)"
+    )
+    parser.add_argument("--users", type=int, default=0, help="at a time; default: as in the table")
+    parser.add_argument(
+        "--rounds", type=int, default=2 if cuda else 1, help="each with a seed of its own (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the first round (%(default)s)")
+    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("--baseline", help="the server that ratios are to; default: the first")
+    parser.add_argument(
+        "--longest-probe", type=int, default=9000 if cuda else 600,
+        help="longest prompt, in tokens, whose first-token logprobs are compared; 0: none (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--budget-seconds", type=float, default=3600.0, help="for all of it (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench-out/compare"), help="logs, plots, a copy of the rows")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("server_flags", nargs="*", help="flags for every server, after --")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.url:
+        if any("=" not in one for one in options.url):
+            parser.error("--url takes NAME=URL")
+        options.group = [[one.split("=", 1)[0] for one in options.url]]
+    elif options.group is None:
+        options.group = [["stock-fa3", "vtensor-auto"]] if cuda else [["stock-default", "vtensor-auto"]]
+    if not cuda and not options.url:
+        print(
+            "no GPU: a small load on a tiny model, on the host driver. It shows that everything works, and counts "
+            "cached tokens rightly; its times say nothing about a GPU."
+        )
+        options.model = options.model or str(TinyLlama().write(options.out / "tiny-llama", tokenizer=smollm2()))
+        # An idle SGLang server polls: two of them side by side would leave the one that is measured half of two cores.
+        host = "--sleep-on-idle --device=cpu --dtype=float32 --sampling-backend=pytorch --grammar-backend=none"
+        host += " --skip-server-warmup --mem-fraction-static=0.3 --max-total-tokens=32768"
+        options.server_flags = [*host.split(), *options.server_flags]
+    elif not options.url:
+        options.model = options.model or str(smollm2())
+    if not options.url:
+        for name in {name for group in options.group for name in group}:
+            try:
+                flags_of(name)
+            except KeyError as error:
+                parser.error(str(error.args[0]))
+    return options
+
+
+def _leave(number: int, _frame: Any) -> None:
+    """End by an exception, so that servers are stopped and what was measured is written."""
+    print(f"Told to end (signal {number}).", flush=True)
+    raise SystemExit(128 + number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, _leave)
+    comparison = Comparison(arguments(argv))
+    try:
+        for group in comparison.options.group:
+            try:
+                comparison.group(group)
+            except OutOfTime as error:
+                print(f"The budget of {comparison.options.budget_seconds:.0f} s: {error}.", flush=True)
+                comparison.failed = True
+                break
+            except (VTensorError, RuntimeError, OSError) as error:
+                print(f"{', '.join(group)}: {error!r}", flush=True)  # the groups after it may do
+                comparison.failed = True
+    finally:
+        print(f"\n{comparison.table()}", flush=True)
+        comparison.plots()
+    return int(comparison.failed or any(one.figures["errors"] for one in comparison.measured))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Do two servers compute the same? First-token logprobs of prompts that are short, long, shared and chunked."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from servers import Remote
+
+PROBED_TOKENS = list(range(100, 1700, 100))
+"""Their logprobs are compared, whatever the model says next."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one prompt."""
+
+    first_token: int
+    logprobs: tuple[float, ...]
+
+
+def prompts() -> list[list[int]]:
+    """32 prompts of 1 to 9 000 tokens.
+
+    Alone, with a beginning that an earlier one has cached, equal to an earlier one, and longer than a chunk of prefill
+    (8 192 tokens on a large GPU).
+    """
+    draw = random.Random(7)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(1000, 40000) for _ in range(count)]
+
+    shared = [tokens(4096), tokens(1000), tokens(127)]
+    found = [tokens(count) for count in (1, 15, 16, 17, 63, 64, 65, 500, 1023, 2049, 4097, 8000, 8500, 9000)]
+    found += [base + tokens(extra) for base in shared for extra in (1, 16, 200, 777, 3900)]
+    found += [found[11], found[14], shared[0]]
+    return found
+
+
+def ask(server: Remote, longest: int) -> dict[int, Answer]:
+    """The prompts of at most ``longest`` tokens, one after the other, from an empty cache; by their number."""
+    longest = min(longest, server.info().get("max_req_input_len") or longest)
+    server.flush()
+    answers = {}
+    for number, prompt in enumerate(prompts()):
+        if len(prompt) > longest:
+            continue
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            "token_ids_logprob": PROBED_TOKENS,
+        }
+        reply = server.post("/generate", body)
+        values = reply["meta_info"]["output_token_ids_logprobs"][0]
+        answers[number] = Answer(reply["output_ids"][0], tuple(value for value, *_ in values))
+    return answers
+
+
+def difference(mine: dict[int, Answer], theirs: dict[int, Answer]) -> dict[str, float]:
+    """The largest and the mean difference of any logprob, in nat, and how many first tokens differ, of ``prompts``."""
+    pairs = [(mine[number], theirs[number]) for number in mine.keys() & theirs.keys()]
+    gaps = [abs(x - y) for own, other in pairs for x, y in zip(own.logprobs, other.logprobs, strict=True)]
+    return {
+        "prompts": float(len(pairs)),
+        "max_abs_diff": max(gaps),
+        "mean_abs_diff": sum(gaps) / len(gaps),
+        "first_tokens_differ": float(sum(own.first_token != other.first_token for own, other in pairs)),
+    }

@@ -1,0 +1,117 @@
+"""Stands in for a server: notes what it is asked, answers deterministically, as fast as it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import ClientConnectionResetError, web
+
+
+@dataclass
+class FakeServer:
+    """Speaks SGLang's ``/generate`` and OpenAI's chat completions, streaming."""
+
+    delay_s: float = 0.0
+    """Before each token."""
+    flavour: str = ""
+    """Servers of different flavours give different answers."""
+    delay_after: int = 0
+    later_delay_s: float | None = None
+    """In place of ``delay_s`` from request ``delay_after`` on."""
+    max_total_num_tokens: int = 100_000
+    fail_at: int = -1
+    """The request (by order of coming) that gets an error."""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    at_once: int = 0
+    most_at_once: int = 0
+    flushes: int = 0
+    url: str = ""
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def flush(self, request: web.Request) -> web.Response:
+        self.flushes += 1
+        return web.Response(text="flushed")
+
+    async def info(self, request: web.Request) -> web.Response:
+        return web.json_response({"max_total_num_tokens": self.max_total_num_tokens, "internal_states": [{}]})
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        wanted = body["sampling_params"]["max_new_tokens"]
+        prompt = body.get("input_ids", body.get("text"))
+
+        async def events() -> AsyncIterator[dict[str, Any]]:
+            ids = self._answer(str(prompt), wanted)
+            for count in range(1, wanted + 1):
+                info = {"prompt_tokens": len(prompt), "cached_tokens": len(prompt) // 2, "completion_tokens": count}
+                said = ids[:count]
+                yield {"text": " ".join(map(str, said)), "output_ids": said, "meta_info": info}
+
+        return await self._stream(request, body, events())
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        wanted = body["max_tokens"]
+
+        async def events() -> AsyncIterator[dict[str, Any]]:
+            yield {"choices": [{"delta": {"role": "assistant", "content": ""}}]}
+            for one in self._answer(str(body["messages"]), wanted):
+                yield {"choices": [{"delta": {"content": f"{one} "}}]}
+            yield {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": wanted}}
+
+        return await self._stream(request, body, events())
+
+    async def _stream(
+        self, request: web.Request, body: dict[str, Any], events: AsyncIterator[dict[str, Any]]
+    ) -> web.StreamResponse:
+        number = len(self.bodies)
+        self.bodies.append(body)
+        if number == self.fail_at:
+            return web.json_response({"error": "no"}, status=500)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        async for event in events:
+            late = self.later_delay_s is not None and number >= self.delay_after
+            await asyncio.sleep(self.later_delay_s if late and self.later_delay_s is not None else self.delay_s)
+            try:
+                await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            except ClientConnectionResetError:
+                break  # the client has gone away
+        else:
+            await response.write(b"data: [DONE]\n\n")
+        self.at_once -= 1
+        return response
+
+    def _answer(self, prompt: str, count: int) -> list[int]:
+        digest = hashlib.sha256((self.flavour + prompt).encode()).digest()
+        return [1000 + digest[n % 32] for n in range(count)]
+
+
+@asynccontextmanager
+async def running(server: FakeServer) -> AsyncIterator[FakeServer]:
+    """The server, on a port of its own."""
+    app = web.Application(client_max_size=1 << 26)
+    app.router.add_get("/health", server.health)
+    app.router.add_get("/server_info", server.info)
+    app.router.add_post("/flush_cache", server.flush)
+    app.router.add_post("/generate", server.generate)
+    app.router.add_post("/v1/chat/completions", server.chat)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    server.url = site.name
+    try:
+        yield server
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,126 @@
+"""compare.py on fake servers: in turn, within its budget, and with the right ratios."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import compare
+import pytest
+from plots import line_plot
+from servers import flags_of
+
+from .fake_sglang import FakeServer, running
+
+MOST_SECONDS = 5.0
+
+
+@contextmanager
+def in_thread(server: FakeServer) -> Iterator[FakeServer]:
+    """compare has an event loop of its own."""
+    up, over = threading.Event(), threading.Event()
+
+    async def run() -> None:
+        async with running(server):
+            up.set()
+            while not over.is_set():
+                await asyncio.sleep(0.01)
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    try:
+        assert up.wait(10)
+        yield server
+    finally:
+        over.set()
+        thread.join()
+
+
+def compared(folder: Path, servers: dict[str, FakeServer], *options: str) -> int:
+    with ExitStack() as stack:
+        urls = [f"--url={name}={stack.enter_context(in_thread(server)).url}" for name, server in servers.items()]
+        begin = time.monotonic()
+        status = compare.main([*urls, f"--out={folder}", "--scale=0.01", "--longest-probe=0", *options])
+        assert time.monotonic() - begin < MOST_SECONDS
+        return status
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "serving.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def runs(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+def test_servers_are_measured_in_turn_with_the_same_traffic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    servers = {"a": FakeServer(0.004, "x"), "b": FakeServer(0.008, "y")}
+    assert compared(tmp_path, servers, "--workload", "single", "--rounds=2", "--users=2") == 0
+    order = [(run["server"], run["seed"], run["state"]) for run in runs(tmp_path)]
+    assert order == [(name, seed, state) for seed in (1, 2) for state in ("cold", "warm") for name in ("a", "b")]
+    asked = [sorted(str(body) for body in server.bodies) for server in servers.values()]
+    assert asked[0] == asked[1]
+    # Never at once: flushes are between rounds, and users are two.
+    assert [server.flushes for server in servers.values()] == [2, 2]
+    assert max(server.most_at_once for server in servers.values()) == 2
+    text = capsys.readouterr().out
+    by_metric = {(row["impl"], row["metric"]): row for row in rows(tmp_path) if row["case"].endswith("cold")}
+    ratio = float(by_metric["b", "throughput"]["p50"]) / float(by_metric["a", "throughput"]["p50"])
+    assert 0.4 < ratio < 0.7 and by_metric["b", "ttft_p50"]["unit"] == "ms"
+    shown = re.findall(r"^(a|b) .*?(\d\.\d{3}) \(", text, re.MULTILINE)  # throughput is the first ratio
+    assert shown[0] == ("a", "1.000") and shown[1][0] == "b" and 0.4 < float(shown[1][1]) < 0.7
+    assert (tmp_path / "single-cold-ttft.svg").read_text().startswith("<svg")
+
+
+def test_the_budget_holds_and_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(compare, "LEAST_RUN_SECONDS", 0.2)
+    budget = ("--workload=single", "--rounds=2", f"--budget-seconds={MOST_SECONDS - 2}")
+    # b's warm-up alone takes longer than there is; a has been warmed up by then.
+    assert compared(tmp_path, {"a": FakeServer(), "b": FakeServer(3.0)}, *budget) == 1
+    assert not (tmp_path / "runs.jsonl").exists()
+    # Here b gets slow in the second round.
+    assert compared(tmp_path, {"a": FakeServer(), "b": FakeServer(delay_after=40, later_delay_s=3.0)}, *budget) == 1
+    assert {run["server"] for run in runs(tmp_path)} == {row["impl"] for row in rows(tmp_path)} == {"a", "b"}
+
+
+def test_a_server_that_fails_is_told_and_spoils_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(tmp_path, {"a": FakeServer(), "b": FakeServer(fail_at=12)}, "--workload=single") == 1
+    assert "error: 500" in capsys.readouterr().out
+    found = {(run["server"], run["figures"]["errors"]) for run in runs(tmp_path)}  # type: ignore[index]
+    assert ("a", 0.0) in found and ("b", 1.0) in found
+
+
+def test_what_does_not_fit_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    servers = {"a": FakeServer(max_total_num_tokens=100)}
+    assert compared(tmp_path, servers, "--workload", "document", "single", "--rounds=1") == 0
+    assert "document: left out, its longest request takes" in capsys.readouterr().out
+    assert {run["workload"] for run in runs(tmp_path)} == {"single"}
+
+
+def test_configurations_by_name() -> None:
+    assert flags_of("vtensor-auto+vtensor-page-tokens=64+enable-mixed-chunk") == [
+        "--enable-vtensor", "--vtensor-page-tokens", "64", "--enable-mixed-chunk",
+    ]  # fmt: skip
+    with pytest.raises(KeyError, match="there are stock-default, "):
+        flags_of("vtensor")
+
+
+def test_plots_hold_every_point_inside(tmp_path: Path) -> None:
+    line_plot(tmp_path / "a.svg", "t < u", "x", "y", {"one": [(1, 3.0), (2, 170.0)], "two": [(1, 0.0)]})
+    text = (tmp_path / "a.svg").read_text()
+    points = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', text)
+    assert len(points) == 3 and all(70 <= float(x) <= 490 and 40 <= float(y) <= 315 for x, y in points)
+    assert "t &lt; u" in text and ">200</text>" in text
+    line_plot(tmp_path / "none.svg", "t", "x", "y", {})
+    assert not (tmp_path / "none.svg").exists()
