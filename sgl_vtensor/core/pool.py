@@ -39,6 +39,7 @@ class PoolStats:
     limit_pages: int
     limit_bytes: int
     driver_calls: dict[str, int]
+    driver_seconds: dict[str, float]
 
 
 class VTensorPool:
@@ -325,4 +326,5 @@ class VTensorPool:
             limit_pages=pages.limit_pages,
             limit_bytes=pages.limit_pages * self.layout.page_bytes,
             driver_calls=dict(self.driver.calls),
+            driver_seconds=dict(self.driver.seconds),
         )

@@ -127,7 +127,7 @@ HOOKS: tuple[Hook, ...] = (
         f"{SCHEDULER}.process_input_requests",
         HookType.AROUND,
         runtime.follow_decisions,
-        "all ranks follow them in the same step",
+        "all ranks follow them in the same step; figures for /metrics, once a second",
     ),
 )
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.debug import DebugChecker
 from sgl_vtensor.srt.flags import active_config
 from sgl_vtensor.srt.memory import LimitHandler, MemoryPolicy
+from sgl_vtensor.srt.metrics import Metrics
 from sgl_vtensor.srt.pool import VTensorKVPool
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ HOST_SPARE_MAPPINGS = 8192
 
 MAX_VIEWS = 8
 """Requests that FlashAttention-3 reads through views, one launch each; a larger batch is read at its homes in one."""
+METRICS_SECONDS = 1.0
+MAX_WAITS_KEPT = 10_000
 MAX_MAPPINGS_AHEAD = 8
 """Mappings that a prefill waits for; where its rows lack more, it is read at its homes."""
 
@@ -69,6 +73,13 @@ class Runtime:
         self._bytes = pool.pages.tensor()
         self.words = self._bytes.view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
+        self.mapping_waits = 0
+        """Launches that waited for mappings; so many seconds, of which the longest."""
+        self.mapping_wait_seconds = 0.0
+        self.mapping_wait_longest_seconds = 0.0
+        self._waits_seconds: deque[float] = deque(maxlen=MAX_WAITS_KEPT)
+        self._metrics: Metrics | None = None
+        self._next_update = 0.0
         self._checker = DebugChecker(self) if config.debug else None
 
     # SGLang's auxiliary cache.
@@ -87,20 +98,31 @@ class Runtime:
         else:
             reads_rows = not self.decode_reads_homes
         if reads_rows:
-            self._map(slots)
+            start = time.perf_counter()
+            if self._map(slots):
+                self._note_wait(time.perf_counter() - start)
 
-    def _map(self, slots: npt.ArrayLike) -> None:
+    def _note_wait(self, seconds: float) -> None:
+        self.mapping_waits += 1
+        self.mapping_wait_seconds += seconds
+        self.mapping_wait_longest_seconds = max(self.mapping_wait_longest_seconds, seconds)
+        self._waits_seconds.append(seconds)
+
+    def _map(self, slots: npt.ArrayLike) -> int:
         """Map what these requests' rows lack. Rows are a cache: where no mapping is left, the homes are read.
+
+        Returns how many positions changed.
 
         Raises:
             OutOfMemory: no mapping is left and the kernels read nothing but rows. The server must stop.
         """
         try:
-            self.pool.ensure(slots)
+            return self.pool.ensure(slots)
         except OutOfMemory as error:
             if not self.can_read_homes:
                 raise
             logger.debug("rows stay unmapped: %s", error)
+            return 0
 
     def free(self, slot: int) -> None:
         self.pool.close(slot)
@@ -187,6 +209,20 @@ class Runtime:
 
     # Figures.
 
+    def update_metrics(self, scheduler: Any, now: float) -> None:
+        """Once in a while, for SGLang's ``/metrics``; nothing without ``--enable-metrics``."""
+        if now < self._next_update:
+            return
+        self._next_update = now + METRICS_SECONDS
+        if self._metrics is None:
+            reporter = scheduler.metrics_reporter
+            if not reporter.enable_metrics:
+                self._next_update = float("inf")
+                return
+            self._metrics = Metrics(reporter.metrics_collector.labels)
+        waits = [self._waits_seconds.popleft() for _ in range(len(self._waits_seconds))]
+        self._metrics.update(self.stats(scheduler.tree_cache), waits)
+
     def stats(self, tree_cache: Any) -> dict[str, Any]:
         """The vtensor section of ``/server_info``; no text and no token ids."""
         layout, pages = self.pool.layout, self.pool.pages
@@ -195,6 +231,9 @@ class Runtime:
             "driver": self.pool.driver.name,
             "kernel": self.config.kernel,
             "tokens_copied": self.tokens_copied,
+            "mapping_waits": self.mapping_waits,
+            "mapping_wait_seconds": self.mapping_wait_seconds,
+            "mapping_wait_longest_seconds": self.mapping_wait_longest_seconds,
             "pages_released": self.policy.pages_released,
             "pages_evicted_by_limit": self.policy.pages_evicted_by_limit,
             "pages_evicted_by_age": self.policy.pages_evicted_by_age,
@@ -356,10 +395,14 @@ def add_decision(result: list[Any], scheduler: Any) -> list[Any]:
 
 def follow_decisions(original: Callable[..., Any], scheduler: Any, recv_reqs: list[Any]) -> Any:
     """Hook, on all ranks, in the step in which SGLang takes up these requests."""
+    runtime = runtime_of(scheduler.tp_worker.model_runner)
+    if runtime is None:
+        return original(scheduler, recv_reqs)
     requests = []
     for request in recv_reqs:
         if isinstance(request, Decision):
-            scheduler.tp_worker.model_runner.vtensor.policy.follow(request, scheduler.tree_cache)
+            runtime.policy.follow(request, scheduler.tree_cache)
         else:
             requests.append(request)
+    runtime.update_metrics(scheduler, time.monotonic())
     return original(scheduler, requests)

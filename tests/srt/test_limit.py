@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import Start, StockAnswers
+from prometheus_client.parser import text_string_to_metric_families
 from server import PAGE_TOKENS, VTENSOR, SGLangServer, generate_body
 
 from sgl_vtensor.cli.client import KEY_VARIABLE
@@ -24,7 +25,8 @@ IDLE_SECONDS = 2.0
 @pytest.fixture(scope="module")
 def running(start: Start) -> Iterator[SGLangServer]:
     flags = (f"--admin-api-key={KEY}", f"--vtensor-idle-seconds={IDLE_SECONDS}", "--vtensor-cache-seconds=6")
-    with start(*VTENSOR, *flags, "--max-total-tokens=2048", "--vtensor-memory-limit=90%", "--vtensor-debug") as server:
+    memory = ("--max-total-tokens=2048", "--vtensor-memory-limit=90%")
+    with start(*VTENSOR, *flags, *memory, "--vtensor-debug", "--enable-metrics") as server:
         yield server
 
 
@@ -138,3 +140,35 @@ def test_a_limit_that_is_refused(
 def test_without_a_size_it_is_shown(server: SGLangServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["limit", f"http://127.0.0.1:{server.port}"]) == 0
     assert "limit 1.00 MiB of 1.00 MiB, backed " in capsys.readouterr().out
+
+
+def metrics(server: SGLangServer) -> dict[tuple[str, ...], float]:
+    """Our figures in ``/metrics``, by name and what they are divided by."""
+    found = {}
+    for family in text_string_to_metric_families(server.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name.startswith("vtensor_") and not sample.name.endswith(("_created", "_bucket")):
+                assert "model_name" in sample.labels, "SGLang's own labels, so that dashboards join them"
+                of = (sample.labels[name] for name in ("kind", "reason", "state") if name in sample.labels)
+                found[(sample.name, *of)] = sample.value
+    return found
+
+
+def test_prometheus_is_told_what_server_info_says(server: SGLangServer) -> None:
+    """The last of this file's tests, so that all of their work is counted."""
+    server.wait_idle()
+    figures = wait_for_pages(server, 0, seconds=6 + 2 * IDLE_SECONDS + 3)
+    time.sleep(3)  # an idle server looks once a second
+    values = metrics(server)
+    page_bytes = figures["page_bytes"]
+    assert values["vtensor_limit_bytes",] == figures["limit_bytes"]
+    assert values["vtensor_capacity_bytes",] == NUM_PAGES * page_bytes
+    assert values["vtensor_backed_bytes",] == figures["physical_bytes"] == page_bytes, "the page of padding"
+    assert values["vtensor_used_bytes",] == 0
+    assert values["vtensor_pages_released_total",] == figures["pages_released"] > 0
+    assert values["vtensor_pages_evicted_total", "limit"] == figures["pages_evicted_by_limit"] > 0
+    assert values["vtensor_mapping_wait_seconds_count",] == figures["mapping_waits"] > 0
+    assert values["vtensor_mapping_wait_seconds_sum",] == pytest.approx(figures["mapping_wait_seconds"])
+    for kind, calls in figures["driver_calls"].items():
+        assert values["vtensor_driver_calls_total", kind] == calls
+        assert values["vtensor_driver_seconds_total", kind] == pytest.approx(figures["driver_seconds"][kind])

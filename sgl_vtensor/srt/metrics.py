@@ -1,0 +1,89 @@
+"""Figures for Prometheus, on SGLang's own ``/metrics`` (``--enable-metrics``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+WAIT_BUCKETS_SECONDS = (50e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+
+GAUGES: dict[str, str] = {
+    "limit_bytes": "KV memory that may be backed now.",
+    "capacity_bytes": "KV memory that the pool can hold at most.",
+    "backed_bytes": "Physical memory that the pool holds.",
+    "used_bytes": "Memory of pages in use: by requests, or by cached prefixes.",
+    "cached_bytes": "Memory of cached prefixes.",
+    "free_backed_bytes": "Memory of free pages that is kept ready.",
+    "shared_pages": "Pages that more than one running request has.",
+    "mappings": "Mappings of pages in rows.",
+}
+COUNTERS: dict[str, str] = {
+    "pages_released": "Pages given back to the device.",
+    "tokens_copied": "Cached tokens that were copied into a request's own page.",
+}
+"""Each is a key of ``Runtime.stats``."""
+
+
+class Metrics:
+    """What ``Runtime.stats`` says, for Prometheus. All names begin with ``vtensor_``.
+
+    Args:
+        labels: those of SGLang's own scheduler metrics, so that dashboards join them.
+    """
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        # Not at import: prometheus_client chooses its storage when SGLang has set PROMETHEUS_MULTIPROC_DIR.
+        from prometheus_client import Counter, Gauge, Histogram
+
+        names = list(labels)
+
+        def gauge(name: str, text: str, *more: str) -> Any:
+            return Gauge(f"vtensor_{name}", text, [*names, *more], multiprocess_mode="mostrecent")
+
+        self._labels = dict(labels)
+        self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
+        self._counters = {name: Counter(f"vtensor_{name}", text, names) for name, text in COUNTERS.items()}
+        self._rows = gauge("rows", "Rows by state.", "state")
+        self._calls = Counter("vtensor_driver_calls", "Calls of the driver by kind.", [*names, "kind"])
+        self._seconds = Counter("vtensor_driver_seconds", "Time in calls of the driver by kind.", [*names, "kind"])
+        self._evicted = Counter("vtensor_pages_evicted", "Cached pages dropped by us, by reason.", [*names, "reason"])
+        self._waits = Histogram(
+            "vtensor_mapping_wait_seconds",
+            "How long launches waited for mappings.",
+            names,
+            buckets=WAIT_BUCKETS_SECONDS,
+        )
+        self._counted: dict[tuple[str, str], float] = {}
+
+    def update(self, stats: Mapping[str, Any], waits_seconds: list[float]) -> None:
+        """Take over the figures. ``waits_seconds``: every wait for mappings since the last update."""
+        page_bytes = stats["page_bytes"]
+        values = {
+            "limit_bytes": stats["limit_bytes"],
+            "capacity_bytes": stats["num_pages"] * page_bytes,
+            "backed_bytes": stats["physical_bytes"],
+            "used_bytes": stats["pages_in_use"] * page_bytes,
+            "cached_bytes": stats["pages_cached"] * page_bytes,
+            "free_backed_bytes": stats["pages_free_backed"] * page_bytes,
+            "shared_pages": stats["pages_shared"],
+            "mappings": stats["mappings"],
+        }
+        for name, value in values.items():
+            self._gauges[name].labels(**self._labels).set(value)
+        for state in ("running", "parked"):
+            self._rows.labels(**self._labels, state=state).set(stats[f"rows_{state}"])
+        for name, counter in self._counters.items():
+            self._count(counter, name, stats[name])
+        for kind, calls in stats["driver_calls"].items():
+            self._count(self._calls, "calls", calls, kind=kind)
+            self._count(self._seconds, "seconds", stats["driver_seconds"][kind], kind=kind)
+        for reason in ("limit", "age"):
+            self._count(self._evicted, "evicted", stats[f"pages_evicted_by_{reason}"], reason=reason)
+        for seconds in waits_seconds:
+            self._waits.labels(**self._labels).observe(seconds)
+
+    def _count(self, counter: Any, name: str, total: float, **more: str) -> None:
+        """Counters of Prometheus take steps; ours are totals."""
+        key = (name, next(iter(more.values()), ""))
+        counter.labels(**self._labels, **more).inc(total - self._counted.get(key, 0))
+        self._counted[key] = total
