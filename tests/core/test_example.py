@@ -1,4 +1,4 @@
-"""The README's program is the one in ``examples/``, and it does what it says."""
+"""The program of docs/core.md is the one in ``examples/``, and it does what it says."""
 
 import subprocess
 import sys
@@ -21,6 +21,6 @@ def test_two_vtensors_read_one_prefix() -> None:
     assert "4 pages in use, 3 of them shared" in done.stdout
 
 
-def test_readme_shows_the_program() -> None:
+def test_its_page_shows_the_program() -> None:
     program = EXAMPLE.read_text().split("\n", 2)[2].strip()
-    assert program in (ROOT / "README.md").read_text()
+    assert program in (ROOT / "docs" / "core.md").read_text()
