@@ -31,6 +31,8 @@ from sgl_vtensor.vmm.host import HostDriver
 
 Marks = npt.NDArray[np.int64]
 LAYERS = 2
+NO_TOKEN = -1
+"""Fills the last page of a request that has ended; no request has it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class World:
     max_mappings: int | None
     alphabet: int
     reserve: int
+    copies: bool
+    """Whether hits are token-granular: the beginning of a cached page is copied into the request's own."""
+    homes: bool
+    """Whether a launch may read pages at their homes where rows are not mapped."""
 
     @classmethod
     def draw(cls, dice: random.Random) -> World:
@@ -66,6 +72,8 @@ class World:
             max_mappings=dice.choice((None, None, 3 * max_pages, 6 * max_pages)),
             alphabet=dice.choice((1, 2, 3)),
             reserve=dice.choice((0, 0, 1, num_slots)),
+            copies=dice.random() < 0.7,
+            homes=dice.random() < 0.5,
         )
 
 
@@ -98,6 +106,16 @@ class Tree:
             node = node.children[key]
             node.used_at = self._clock
         return node
+
+    def closest(self, node: Node, rest: Sequence[int]) -> tuple[Node, int]:
+        """The page behind ``node`` that begins most like ``rest``, and how many tokens they share."""
+        best, most = node, 0
+        for key in sorted(node.children):
+            shared = next((at for at, (a, b) in enumerate(zip(key, rest, strict=False)) if a != b), len(rest))
+            if shared > most:
+                best, most = node.children[key], shared
+        best.used_at = self._clock
+        return best, most
 
     def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> Node:
         """Keep these pages where the tree has none yet; returns the end of the path, which may hold others."""
@@ -194,8 +212,12 @@ class Kernel:
         self.parts = parts
         self.started = False
         self.fresh = list(pool.take_fresh())
+        self.copies, server.copies = server.copies, []
         slots, marks = [], []
         self.reads: list[tuple[int, Marks]] = []
+        self.home_reads: list[tuple[Marks, Marks]] = []  # token slots, what is there
+        reads_homes = not pool.is_synced([part.request.slot for part in parts])
+        assert server.world.homes or not reads_homes, "a launch reads rows that are not mapped"
         self.mappings: list[tuple[int, Mapping]] = []
         written: set[int] = set()
         for part in parts:
@@ -208,28 +230,38 @@ class Kernel:
             slots.append(pages * size + positions % size)
             marks.append(expected[part.start :])
             written.update(pages.tolist())
-            self.reads.append((row, expected))
-            self._note(pool.rows.address(row, position) for position in range(-(-part.stop // size)))
+            if reads_homes:
+                tokens = np.arange(part.stop)
+                pages = pool.wanted[slot, tokens // size].astype(np.int64)
+                self.home_reads.append((pages * size + tokens % size, expected))
+                self._note(pool.pages.home(page) for page in dict.fromkeys(pages.tolist()))
+            else:
+                self.reads.append((row, expected))
+                self._note(pool.rows.address(row, position) for position in range(-(-part.stop // size)))
         assert not written & server.tree.nodes.keys(), "a launch writes to a page that the tree shares"
         assert PADDING_PAGE not in written, "a launch writes a request's tokens to the padding page"
-        self._note(pool.pages.home(page) for page in sorted(written.union(self.fresh)))
+        copied = {page for source, target, _ in self.copies for page in (source, target)}
+        self._note(pool.pages.home(page) for page in sorted(written.union(self.fresh, copied)))
         self.slots, self.marks = np.concatenate(slots), np.concatenate(marks)
 
     def synchronize(self) -> None:
         self.server.run_through(self)
 
     def start(self) -> None:
-        """Zero new pages, write the new tokens through the homes."""
+        """Zero new pages, copy cached tokens, write the new ones through the homes."""
         self._check_mappings("writes")
         server = self.server
         for page in self.fresh:
             server.page_bytes[page] = 0
+        for source, target, num_tokens in self.copies:
+            num_bytes = num_tokens * server.pool.layout.token_stride_bytes
+            server.page_bytes[target, :num_bytes] = server.page_bytes[source, :num_bytes]
         for view in server.home_marks:
             view[self.slots] = self.marks
         self.started = True
 
     def finish(self) -> None:
-        """Read every request from its first token to its last through its row."""
+        """Read every request from its first token to its last, through its row or at the homes."""
         self._check_mappings("reads")
         for row, expected in self.reads:
             for view in self.server.row_marks:
@@ -237,6 +269,10 @@ class Kernel:
                 if not np.array_equal(found, expected):
                     at = int(np.flatnonzero(found != expected)[0])
                     raise AssertionError(f"row {row} shows {found[at]} at token {at}, not {expected[at]}")
+
+        for slots, expected in self.home_reads:
+            for view in self.server.home_marks:
+                assert np.array_equal(view[slots], expected), f"homes show {view[slots]}, not {expected}"
 
     def _note(self, addresses: Iterator[int]) -> None:
         for address in addresses:
@@ -292,6 +328,8 @@ class Server:
         self.page_bytes = self.pool.pages.tensor().numpy().reshape(world.num_pages + 1, -1)
         self.padding = [self.driver._mappings[address] for address in self._padding_addresses()]
         self.tree = Tree(world.page_tokens)
+        self.copies: list[tuple[int, int, int]] = []
+        """(page, request's own page, tokens) to be copied by the next launch."""
         self.free_slots = list(range(world.num_slots, 0, -1))
         self.waiting: list[Request] = []
         self.joining: list[Request] = []
@@ -471,7 +509,7 @@ class Server:
         self._promised = self._crossing(self.running) if self.world.mixed else 0
         if self.chunked:
             request = self.chunked
-            stop = self._fit(request, request.computed, room)
+            stop = self._fit(request, request.computed, room, beyond_limit=True)
             if stop > request.computed:
                 parts.append(Part(request, request.computed, stop))
                 room -= stop - request.computed
@@ -481,8 +519,13 @@ class Server:
         while self.waiting and not self.chunked and room > 0 and len(self.free_slots) > 0:
             request = self.waiting[0]
             node = self.tree.match(request.tokens[: len(request.tokens) - 1])
-            self.tree.lock(node)
-            start = len(self.tree.path(node)) * size
+            protected = start = len(self.tree.path(node)) * size
+            if self.world.copies:
+                node, shared = self.tree.closest(
+                    node, request.tokens[start : min(start + size, len(request.tokens) - 1)]
+                )
+                start += shared
+            self.tree.lock(node)  # with the page that is copied from
             stop = self._fit(request, start, room)
             if stop == start:
                 self.tree.lock(node, -1)
@@ -491,7 +534,8 @@ class Server:
                 break
             self.waiting.pop(0)
             self.seen["hit pages"] += start // size
-            request.node, request.computed, request.protected = node, start, start
+            self.seen["copied tokens"] += start - protected
+            request.node, request.computed, request.protected = node, start, protected
             request.slot = self.free_slots.pop()
             self.pool_open(request, stop)
             parts.append(Part(request, start, stop))
@@ -501,24 +545,28 @@ class Server:
         return parts
 
     def pool_open(self, request: Request, stop: int) -> None:
-        pages = [node.page for node in self.tree.path(request.node)]
+        pages = [node.page for node in self.tree.path(request.node)][: request.protected // self.world.page_tokens]
         self.pool.drain(in_flight=1 if self.world.overlap and self.last else 0)
         self.pool.open(request.slot, pages, stop)
 
-    def _fit(self, request: Request, start: int, room: int) -> int:
-        """Where a chunk from ``start`` on ends: at the last token, or at a page's edge. ``start``: no memory."""
+    def _fit(self, request: Request, start: int, room: int, *, beyond_limit: bool = False) -> int:
+        """Where a chunk from ``start`` on ends: at the last token, or at a page's edge. ``start``: no memory.
+
+        The page of ``start`` is new, also where its beginning is copied.
+        """
         size, total = self.world.page_tokens, len(request.tokens)
         stop = total if total - start <= room else (start + room) // size * size
-        free = self._budget() - self._promised - self.world.reserve
-        stop = min(stop, (-(-start // size) + max(free, 0)) * size)
+        free = self._budget(beyond_limit) - self._promised - self.world.reserve
+        stop = min(stop, (start // size + max(free, 0)) * size)
         if stop > start:
-            self._promised += -(-stop // size) - -(-start // size)
+            self._promised += -(-stop // size) - start // size
         return max(stop, start)
 
-    def _budget(self) -> int:
+    def _budget(self, beyond_limit: bool) -> int:
         """``VTensorPrefillBudget``, in pages."""
         pages = self.pool.pages
-        return min(pages.num_available, pages.most_in_use() - pages.num_in_use) + self.tree.num_evictable()
+        room = pages.most_in_use(beyond_limit=beyond_limit) - pages.num_in_use
+        return min(pages.num_available, room) + self.tree.num_evictable()
 
     def _decode(self) -> list[Part]:
         while self.running and not self._decode_fits():
@@ -538,7 +586,9 @@ class Server:
         self._evict(lambda: pool.pages.num_available >= need)
         if pool.pages.num_available < need:
             return False
-        return pool.secure(need) or self._evict(lambda: pool.secure(need))
+        is_last = len(self.running) == 1
+        secure = lambda: pool.secure(need, beyond_limit=is_last)  # noqa: E731
+        return secure() or self._evict(secure)
 
     def _crossing(self, requests: list[Request]) -> int:
         return sum(request.computed % self.world.page_tokens == 0 for request in requests)
@@ -561,21 +611,26 @@ class Server:
         for kind in (False, True):
             some = [p for p in parts if p.is_decode is kind and (p.start % size == 0 or not p.is_decode)]
             slots, stops = [p.request.slot for p in some], [p.stop for p in some]
-            need = sum(-(-p.stop // size) - -(-p.start // size) for p in some)
+            need = sum(-(-p.stop // size) - (-(-p.start // size) if kind else p.start // size) for p in some)
             self._evict(lambda need=need: pool.pages.num_available >= need)  # type: ignore[misc]
-            grow = lambda slots=slots, stops=stops: pool.grow(slots, stops)  # noqa: E731
+            grow = lambda slots=slots, stops=stops: pool.grow(slots, stops, beyond_limit=True)  # noqa: E731
             assert grow() or self._evict(grow), "SGLang was promised pages that are not there"
-        if pool.ensure(np.array([p.request.slot for p in parts], dtype=np.int32)):
-            self._check_mapping_limit()
+            self.copies += [copy for part in some if (copy := self._copy_for(part))]
+        batch = np.array([p.request.slot for p in parts], dtype=np.int32)
+        if not self.world.homes or self.dice.random() < 0.4:
+            self._map(batch)
         for part in parts:
             part.life = part.request.life
             part.samples = part.stop == len(part.request.tokens)
         kernel = Kernel(self, parts)
         pool.launch(kernel)
         self.stream.append(kernel)
-        rows = [row for row, _ in kernel.reads]
-        self.digest = zlib.crc32(repr((rows, kernel.slots.tolist())).encode(), self.digest)
+        rows = pool.row_of_slot[batch].tolist()
+        self.digest = zlib.crc32(repr((rows, kernel.slots.tolist(), kernel.copies)).encode(), self.digest)
         self.seen["launch"] += 1
+        self.seen["launch at homes"] += bool(kernel.home_reads)
+        if self.world.homes and self.dice.random() < 0.4:
+            self._map(batch)  # behind the launch
         for part in parts:
             request = part.request
             request.computed = part.stop
@@ -584,6 +639,17 @@ class Server:
                 if not part.is_decode:
                     self.joining.append(request)
         return kernel
+
+    def _map(self, slots: npt.NDArray[np.int32]) -> None:
+        if self.pool.ensure(slots):
+            self._check_mapping_limit()
+
+    def _copy_for(self, part: Part) -> tuple[int, int, int] | None:
+        """Where a request begins inside a page: that page's beginning, into its own page."""
+        at, num_tokens = divmod(part.start, self.world.page_tokens)
+        if part.is_decode or not num_tokens:
+            return None
+        return self.tree.path(part.request.node)[at].page, int(self.pool.wanted[part.request.slot, at]), num_tokens
 
     def _process(self, kernel: Kernel) -> None:
         """The host sees what a launch sampled. Under overlap the next launch, with all its requests, is under way."""
@@ -602,11 +668,14 @@ class Server:
             elif not part.is_decode:
                 self._checkpoint(request, part.stop)
 
-    def _checkpoint(self, request: Request, up_to: int) -> None:
+    def _checkpoint(self, request: Request, up_to: int, *, ended: bool = False) -> None:
         """``VTensorRadixCache.checkpoint``."""
         size, pool = self.world.page_tokens, self.pool
-        num_pages, first = up_to // size, request.protected // size
-        node = self.tree.insert(request.tokens[: num_pages * size], pool.pages_of(request.slot, 0, num_pages))
+        tokens = request.tokens[:up_to]
+        if ended and self.world.copies:
+            tokens += [NO_TOKEN] * (-up_to % size)
+        num_pages, first = len(tokens) // size, request.protected // size
+        node = self.tree.insert(tokens[: num_pages * size], pool.pages_of(request.slot, 0, num_pages))
         kept = [step.page for step in self.tree.path(node)]
         assert len(kept) == num_pages
         self.seen["duplicates"] += len(pool.adopt(request.slot, first, kept[first:]))
@@ -621,7 +690,7 @@ class Server:
         owned = min(request.num_known - 1, request.computed) if keep else request.computed
         owned = max(owned - unsaid, request.protected)
         if keep:
-            self._checkpoint(request, owned)
+            self._checkpoint(request, owned, ended=True)
         self.free_pages_of(request, request.protected // size, -(-owned // size))
         self.free_pages_of(request, -(-owned // size), -(-request.computed // size))
         self.tree.lock(request.node, -1)
@@ -677,11 +746,11 @@ class Server:
             if node.children:
                 continue
             path = self.tree.path(node)
-            expected = marks_of([token for step in path for token in step.key])
+            expected = marks_of([token for step in path for token in step.key if token != NO_TOKEN])
             pages = np.array([step.page for step in path])
             backed = self.pool.pages.backed
             assert backed[pages].all(), f"a path of the tree, pages {pages}, lost its memory"
-            slots = (pages[:, None] * size + np.arange(size)).ravel()
+            slots = (pages[:, None] * size + np.arange(size)).ravel()[: len(expected)]
             for view in self.home_marks:
                 assert np.array_equal(view[slots], expected), f"a path of the tree, pages {pages}, was overwritten"
 

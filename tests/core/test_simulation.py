@@ -18,12 +18,13 @@ CHUNK = 50
 
 @pytest.mark.parametrize("first", range(0, NUM_SEEDS, CHUNK))
 def test_every_kernel_reads_what_its_requests_computed(first: int) -> None:
-    """Admit, hit, chunk, decode, dedup, retract, abort, finish, evict, flush, shrink, limits, with kernels that run
+    """Admit, hit, copy, chunk, decode, dedup, retract, abort, finish, evict, flush, shrink, limits, with kernels that run
     as late as they may: all bytes are right, all tables agree after each step, and nothing is left at the end."""
     seen: Counter[str] = Counter()
     for seed in range(first, first + CHUNK):
         seen += simulate(seed, NUM_STEPS).seen
-    for event in ("abort", "chunked abort", "duplicates", "evicted pages", "finish", "flush", "hit pages", "retract"):
+    events = ("abort", "chunked abort", "copied tokens", "duplicates", "evicted pages", "finish", "flush", "hit pages")
+    for event in (*events, "launch at homes", "retract"):
         assert seen[event] > 10, f"{event} hardly happens: {seen}"
 
 
