@@ -18,8 +18,8 @@ CHUNK = 50
 
 @pytest.mark.parametrize("first", range(0, NUM_SEEDS, CHUNK))
 def test_every_kernel_reads_what_its_requests_computed(first: int) -> None:
-    """Admit, hit, copy, chunk, decode, dedup, retract, abort, finish, evict, flush, shrink, limits, with kernels that run
-    as late as they may: all bytes are right, all tables agree after each step, and nothing is left at the end."""
+    """Admit, hit, copy, chunk, decode, dedup, retract, abort, finish, evict, flush, shrink, limits, with kernels that
+    run as late as they may: all bytes are right, all tables agree after each step, and nothing is left at the end."""
     seen: Counter[str] = Counter()
     for seed in range(first, first + CHUNK):
         seen += simulate(seed, NUM_STEPS).seen
