@@ -44,6 +44,7 @@ bench: env
 
 env: python
 	@$(ENV)
+	@$(if $(filter env,$(MAKECMDGOALS)),echo 'ready; now: export PATH=$(CURDIR)/.local/bin:$$PATH')
 
 clean-env: python
 	@$(ENV) --clean
