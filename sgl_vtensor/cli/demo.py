@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, command: Sequence[str] | None = None) -> in
             console.print(f"Port {options.port} is taken: using {port}.")
         log = LOGS / f"demo-{port}.log"
         flags = [*server_flags(port, cuda=torch.cuda.is_available()), *options.server_flags]
-        environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **os.environ, "PYTHONUNBUFFERED": "1"}
         console.print(f"Starting SGLang on port {port}. Its log: {log}", soft_wrap=True)
         with Server([*command, *flags], log, environment) as server:
             try:
