@@ -2,13 +2,14 @@
 # All that is to be seen on a GPU, in one go of less than ten minutes: servers on vTensor memory against stock ones (first-
 # token logprobs, load, default prefill CUDA graphs), and memcheck of the Hopper kernel.
 #
-#   OUT=DIR bench/gpu_session.sh [servers] [memcheck]      default: both
+#   OUT=DIR bench/gpu_session.sh [servers] [memcheck] [memory]      default: servers memcheck
 #
 # On a machine that has no SGLang, .gpu/ must have come along (bench/pack_gpu.sh). Steps are independent: each has its own
 # limit and log, and what there is goes to $OUT every 20 seconds, so that nothing is lost however this ends. In $OUT:
-# summary.txt, serving.csv (rows to append to bench/results/serving.csv), runs.jsonl, memcheck.log, logs.tar.gz and
+# summary.txt, serving.csv and memory.csv (rows to append to those in bench/results), runs.jsonl, memcheck.log, logs.tar.gz and
 # caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a GPU it is a dry run on a tiny model.
 #   SESSION_SECONDS  for all of it (560)      PYTHON  (python3)      WORKLOADS  (gsp)      ROUNDS  (1)
+#   QUESTIONS  of memory.py (all)
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${OUT:?where the results are to go}")
@@ -26,7 +27,7 @@ pack() { # files are moved into place whole, so that a kill never leaves half of
   local new=$work/.$BASHPID.new file
   (cd "$work" && tar czf "$new" --exclude=tiny-llama -- * 2> /dev/null)
   [ $? -gt 1 ] || mv "$new" "$out/logs.tar.gz" # 1: a log grew meanwhile
-  for file in summary.txt memcheck.log servers/serving.csv servers/runs.jsonl; do
+  for file in summary.txt memcheck.log servers/serving.csv servers/runs.jsonl memory/memory.csv; do
     if [ -f "$work/$file" ]; then cp "$work/$file" "$new" && mv "$new" "$out/$(basename "$file")"; fi
   done
 }
@@ -79,12 +80,16 @@ if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then
     --group "vtensor-fa3$off" vtensor-auto)
   flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --mem-fraction-static 0.8
     --max-total-tokens 100000 --skip-server-warmup --cuda-graph-max-bs-decode 64)
+  # The pool as large as it gets, since what it takes of it is the question.
+  memory_flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --mem-fraction-static 0.85
+    --skip-server-warmup --cuda-graph-max-bs-decode 64 --cuda-graph-backend-prefill disabled)
   model=(--model "${MODEL:-.gpu/llama8b}")
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader >> "$work/summary.txt"
 else
   say "no GPU: a dry run"
   groups=(--group stock-default vtensor-auto --group vtensor-auto+vtensor-kernel=torch)
   flags=()
+  memory_flags=()
   model=()
   memcheck_s=60
 fi
@@ -107,8 +112,12 @@ for name in $steps; do
         step memcheck $memcheck_s "$python" -m pytest tests/kernels -k hopper -q -p no:cacheprovider
       fi
       ;;
+    memory)
+      step memory "$(left)" "$python" bench/memory.py "${model[@]}" ${QUESTIONS:+--ask $QUESTIONS} \
+        --budget-seconds "$(($(left) - 20))" --out "$work/memory" -- "${memory_flags[@]}"
+      ;;
     *)
-      say "no step $name; there are servers and memcheck"
+      say "no step $name; there are servers, memcheck and memory"
       status=1
       ;;
   esac

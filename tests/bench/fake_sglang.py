@@ -43,6 +43,9 @@ class FakeServer:
     async def info(self, request: web.Request) -> web.Response:
         return web.json_response({"max_total_num_tokens": self.max_total_num_tokens, "internal_states": [{}]})
 
+    async def set_limit(self, request: web.Request) -> web.Response:
+        return web.json_response([{"updated": False}])
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         wanted = body["sampling_params"]["max_new_tokens"]
@@ -104,6 +107,7 @@ async def running(server: FakeServer) -> AsyncIterator[FakeServer]:
     app.router.add_get("/health", server.health)
     app.router.add_get("/server_info", server.info)
     app.router.add_post("/flush_cache", server.flush)
+    app.router.add_post("/set_internal_state", server.set_limit)
     app.router.add_post("/generate", server.generate)
     app.router.add_post("/v1/chat/completions", server.chat)
     runner = web.AppRunner(app)

@@ -1,0 +1,399 @@
+"""What memory a server takes over time, and whether it lets go: one table, and for each question a CSV and a plot.
+
+    python bench/memory.py --model DIR [--ask curve limit neighbour pair] [--budget-seconds 560] [--out DIR] -- FLAGS
+
+curve       users come (1, 8, 32), stay a while, and leave: the whole GPU's memory, on vTensor memory and on stock
+limit       under load the limit falls to a sixth and rises again, ten times: how soon memory follows, what fails
+neighbour   under load another process takes 30 GB of the GPU, twice: what fails, what it costs
+pair        two servers on one GPU have their bursts in turn: with limits of a half each, and sharing all of it
+
+Memory is NVML's for the whole GPU; without a GPU it is what the host driver has taken, and neighbour is left out.
+Rows go to bench/results/memory.csv where there is a GPU, and to --out in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import workloads
+from load import Run, percentiles, play, summarize, unit
+from plots import line_plot
+from results import Results
+from servers import Remote, Server
+
+from sgl_vtensor.cli.server import free_port
+from sgl_vtensor.cli.smollm2 import smollm2
+from sgl_vtensor.cli.tiny_model import TinyLlama
+from sgl_vtensor.errors import VTensorError
+
+GIB = 1 << 30
+QUESTIONS = ("curve", "limit", "neighbour", "pair")
+WATCH_SECONDS = 0.25
+BEFORE_SECONDS = 3.0
+"""From when a load begins to what is done to it."""
+FOLLOW_SECONDS = 10.0
+LOW_SHARE = 1 / 6
+TAKEN_BYTES = 30 * 10**9
+TAKER = """
+import sys, time, torch
+size, seconds = int(sys.argv[1]), float(sys.argv[2])
+taken = []
+while size > 0:  # in pieces, as a model is loaded; what is not to be had is left
+    try:
+        taken.append(torch.empty(min(size, 1 << 30), dtype=torch.uint8, device="cuda"))
+    except torch.cuda.OutOfMemoryError:
+        break
+    size -= taken[-1].numel()
+print(sum(piece.numel() for piece in taken), flush=True)
+time.sleep(seconds)
+"""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The memory at one moment, in bytes; of all servers together."""
+
+    at_s: float
+    device: int
+    backed: int
+    in_use: int
+    limit: int
+
+
+class Watch(threading.Thread):
+    """Looks at the memory of the GPU and of the servers until it is stopped."""
+
+    def __init__(self, servers: list[Remote]) -> None:
+        super().__init__(daemon=True)
+        self.servers = servers
+        self.looks: list[Look] = []
+        self._begin = time.monotonic()
+        self._done = threading.Event()
+        self._device = _device_bytes()
+
+    @property
+    def now_s(self) -> float:
+        return time.monotonic() - self._begin
+
+    def look(self) -> Look:
+        figures = [server.vtensor() for server in self.servers]
+        figures = [one for one in figures if one]
+        backed = sum(one["physical_bytes"] for one in figures)
+        return Look(
+            self.now_s,
+            self._device() if self._device else backed,
+            backed,
+            sum(one["pages_in_use"] * one["page_bytes"] for one in figures),
+            sum(one["limit_bytes"] for one in figures),
+        )
+
+    def run(self) -> None:
+        while not self._done.wait(WATCH_SECONDS):
+            try:
+                self.looks.append(self.look())
+            except (urllib.error.URLError, OSError, ValueError):
+                continue  # a server that does not answer is noticed by its load
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+    def between(self, start_s: float, stop_s: float) -> list[Look]:
+        return [one for one in self.looks if start_s <= one.at_s < stop_s]
+
+
+def _device_bytes() -> Callable[[], int] | None:
+    """NVML's figure of what is used on the first GPU, by whomever."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+        return lambda: int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout) << 20
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+class Questions:
+    """Each method asks one question and leaves rows, a CSV of looks and a plot."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.begin = time.monotonic()
+        self.results = Results("memory", options.out, keep=torch.cuda.is_available())
+        self.failed = False
+
+    @property
+    def left_s(self) -> float:
+        left_s: float = self.options.budget_seconds - (time.monotonic() - self.begin)
+        return left_s
+
+    # The questions.
+
+    def curve(self) -> None:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for name in ("vtensor-auto", self.options.stock):
+            with self.servers(name) as (server,), self.watched("curve", name, [server]) as watch:
+                self.phase(watch, name, "started", 3.0)
+                for users in (1, 8, 32):
+                    start_s = watch.now_s
+                    run = self.load(server, self.workload(users, sessions=2 * users))
+                    self.note(run, f"curve batch {users}", name)
+                    self.row_of(watch.between(start_s, watch.now_s), f"curve batch {users}", name)
+                self.phase(watch, name, "after load", 2.0)
+                time.sleep(self.options.idle_seconds + 2)
+                self.phase(watch, name, "idle, cache kept", 3.0)
+                server.flush()
+                time.sleep(1)
+                self.phase(watch, name, "idle, flushed", 3.0)
+            lines[name] = [(one.at_s, one.device / GIB) for one in watch.looks]
+            if watch.looks and watch.looks[0].limit:
+                lines[f"{name}: KV in use"] = [(one.at_s, one.in_use / GIB) for one in watch.looks]
+        line_plot(self.options.out / "curve.svg", "1, 8 and 32 users, then idle", "s", "GiB", lines)
+
+    def limit(self) -> None:
+        name = "vtensor-auto"
+        with self.servers(name) as (server,), self.watched("limit", name, [server]) as watch:
+            full = server.vtensor()["limit_bytes"]
+            low = int(full * LOW_SHARE)
+            follows_s: list[float] = []
+            with ThreadPoolExecutor(1) as executor:
+                loading = executor.submit(self.load, server, self.workload(32, sessions=96))
+                time.sleep(BEFORE_SECONDS)
+                while len(follows_s) < 10 and not loading.done():
+                    self.set_limit(server, low)
+                    follows_s.append(self._follow(watch, low))
+                    time.sleep(0.5)
+                    self.set_limit(server, full)
+                    time.sleep(1)
+                self.note(loading.result(), "limit moved under load", name)
+            page = server.vtensor()["page_bytes"]
+            self.results.add("limit lowered under load", name, "times", "1", [len(follows_s)])
+            self.results.add("limit lowered under load", name, "memory follows after", "s", follows_s or [float("nan")])
+            print(f"  {len(follows_s)} times; memory followed after {', '.join(f'{s:.2f}' for s in follows_s)} s")
+            if len(follows_s) < 10:
+                print("  the load ended too early; give a larger --scale")
+            looks = [one for one in watch.looks if one.backed > one.limit + page]
+            print(f"  {len(looks)} of {len(watch.looks)} looks found more memory than the limit")
+        lines = {
+            what: [(one.at_s, getattr(one, what) / GIB) for one in watch.looks]
+            for what in ("limit", "backed", "in_use")
+        }
+        line_plot(self.options.out / "limit.svg", "a limit that moves under load", "s", "GiB", lines)
+
+    def neighbour(self) -> None:
+        if not torch.cuda.is_available():
+            print("neighbour: left out, it needs a GPU")
+            return
+        name = "vtensor-auto"
+        with self.servers(name) as (server,), self.watched("neighbour", name, [server]) as watch:
+            before = self.load(server, self.workload(32, sessions=48))
+            with ThreadPoolExecutor(1) as executor:
+                loading = executor.submit(self.load, server, self.workload(32, sessions=96, seed=2))
+                for _ in range(2):
+                    time.sleep(BEFORE_SECONDS)
+                    command = [sys.executable, "-c", TAKER, str(TAKEN_BYTES), "8"]
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                    taken = int(done.stdout or 0)
+                    print(f"  the neighbour took {taken / 1e9:.1f} GB {done.stderr[-200:]}")
+                    self.results.add("neighbour", name, "taken by it", "B", [taken])
+                during = loading.result()
+            self.note(before, "neighbour: before", name)
+            self.note(during, "neighbour: while it takes and gives back", name)
+        lines = {"GPU": [(one.at_s, one.device / GIB) for one in watch.looks],
+                 "KV backed": [(one.at_s, one.backed / GIB) for one in watch.looks]}  # fmt: skip
+        line_plot(self.options.out / "neighbour.svg", "another process takes 30 GB twice", "s", "GiB", lines)
+
+    def pair(self) -> None:
+        """The same traffic in both cases; a burst is one server's, the other one has served and waits."""
+        for impl, share in (("a half each", 0.5), ("elastic", 1.0)):
+            with self.servers("vtensor-auto", "vtensor-auto") as servers, self.watched("pair", impl, servers) as watch:
+                capacity = min(server.vtensor()["limit_bytes"] for server in servers)
+                for server in servers:
+                    self.set_limit(server, int(capacity * share))
+                runs: list[Run] = []
+                for turn in range(4):  # A, B, A, B: the second time with the histories of the first
+                    run = self.load(servers[turn % 2], self.workload(32, sessions=48, seed=10 + turn % 2, shared=True))
+                    runs.append(run)
+                    print(f"  {impl} burst {turn + 1}: {_shown(run)}", flush=True)
+                for part, chosen in (("first bursts", runs[:2]), ("second bursts", runs[2:])):
+                    self.note(_joined(chosen), f"pair, {part}", impl)
+                self.row_of(watch.looks, "pair", impl)
+
+    # How they are asked.
+
+    @contextmanager
+    def servers(self, *names: str) -> Iterator[list[Server]]:
+        options, servers = self.options, []
+        begin = time.monotonic()
+        try:
+            for number, name in enumerate(names):
+                port = free_port(options.port + 10 * number, "127.0.0.1")
+                idle = [f"--vtensor-idle-seconds={options.idle_seconds}"] if name.startswith("vtensor") else []
+                log = options.out / f"server-{name}-{number}.log"
+                servers.append(Server(name, options.model, port, log, [*idle, *options.server_flags]))
+                servers[-1].wait(max(1.0, self.left_s))  # one after the other: SGLang looks at free memory
+            print(f"{' and '.join(names)}: up after {time.monotonic() - begin:.0f} s", flush=True)
+            warm_up = self.workload(2, sessions=2, seed=99)
+            for server in servers:
+                self.load(server, replace(warm_up, name="warm-up"))
+                server.flush()
+            yield servers
+            for server in servers:
+                if errors := server.errors():
+                    print(f"  errors in the log of {server.name}: {errors[:3]}", flush=True)
+                    self.failed = True
+        finally:
+            with ThreadPoolExecutor() as executor:
+                list(executor.map(lambda server: server.stop(), servers))
+
+    @contextmanager
+    def watched(self, question: str, impl: str, servers: list[Any]) -> Iterator[Watch]:
+        watch = Watch(servers)
+        watch.start()
+        try:
+            yield watch
+        finally:
+            watch.stop()
+            path = self.options.out / f"{question}-{impl.replace(' ', '-')}.csv"
+            with path.open("w", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(("seconds", "device_bytes", "backed_bytes", "in_use_bytes", "limit_bytes"))
+                writer.writerows(
+                    (f"{one.at_s:.2f}", one.device, one.backed, one.in_use, one.limit) for one in watch.looks
+                )
+
+    def workload(self, users: int, *, sessions: int, seed: int = 1, shared: bool = False) -> workloads.Workload:
+        """Chats of a few turns; ``shared``: questions behind long prompts that groups of users share."""
+        built = workloads.build("shared-many" if shared else "single", seed, scale=self.options.scale, users=sessions)
+        return replace(built, sessions=built.sessions[:sessions], users=users)
+
+    def load(self, server: Remote, workload: workloads.Workload) -> Run:
+        async def timed() -> Run:
+            return await asyncio.wait_for(play(server.url, workload, progress=False), max(1.0, self.left_s))
+
+        return asyncio.run(timed())
+
+    def set_limit(self, server: Remote, num_bytes: int) -> None:
+        body = {"server_args": {"vtensor_memory_limit_bytes": num_bytes}}
+        server.post("/set_internal_state", body, timeout_s=60)
+
+    def _follow(self, watch: Watch, low: int) -> float:
+        begin = time.monotonic()
+        while time.monotonic() - begin < FOLLOW_SECONDS:
+            look = watch.look()
+            if look.backed <= max(low, look.in_use) + look.backed // 100:
+                break
+            time.sleep(0.05)
+        return time.monotonic() - begin
+
+    def phase(self, watch: Watch, impl: str, what: str, seconds: float) -> None:
+        start_s = watch.now_s
+        time.sleep(seconds)
+        self.row_of(watch.between(start_s, watch.now_s), f"curve {what}", impl)
+
+    def row_of(self, looks: list[Look], case: str, impl: str) -> None:
+        if not looks:
+            return
+        self.results.add(case, impl, "GPU memory used", "B", [one.device for one in looks])
+        shown = f"  {impl} {case}: {np.median([one.device for one in looks]) / GIB:.2f} GiB used"
+        if looks[0].limit:
+            self.results.add(case, impl, "KV memory backed", "B", [one.backed for one in looks])
+            self.results.add(case, impl, "KV memory in use", "B", [one.in_use for one in looks])
+            shown += f", of it {np.median([one.backed for one in looks]) / GIB:.3f} backed for KV"
+            shown += f", {np.median([one.in_use for one in looks]) / GIB:.3f} in use"
+        print(shown, flush=True)
+
+    def note(self, run: Run, case: str, impl: str) -> None:
+        figures = summarize(run)
+        for metric, value in figures.items():
+            self.results.add(case, impl, metric, unit(metric), [value])
+        print(f"  {impl} {case}: {_shown(run)}", flush=True)
+        for error in sorted({sample.error for sample in run.samples if sample.error})[:3]:
+            print(f"    error: {error}", flush=True)
+        self.failed |= bool(figures["errors"])
+
+
+def _joined(runs: list[Run]) -> Run:
+    return Run(
+        [sample for run in runs for sample in run.samples],
+        sum(run.seconds for run in runs),
+        sum(run.driver_cpu_s for run in runs),
+        [lag for run in runs for lag in run.driver_lags_s],
+    )
+
+
+def _shown(run: Run) -> str:
+    figures = summarize(run) | percentiles([sample for sample in run.samples if not sample.error])
+    names = ("throughput", "ttft_p50", "ttft_p99", "itl_p99", "cached_share", "errors")
+    return ", ".join(f"{name} {figures[name]:.4g}" for name in names if name in figures)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder with config and tokenizer; default: SmolLM2, without a GPU a tiny one")
+    parser.add_argument("--ask", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
+    parser.add_argument(
+        "--stock", default="stock-fa3" if cuda else "stock-default", help="to compare with (%(default)s)"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0 if cuda else 0.05, help="of prompts and answers (%(default)s)"
+    )
+    parser.add_argument("--idle-seconds", type=float, default=5.0, help="the servers' (%(default)s)")
+    parser.add_argument("--budget-seconds", type=float, default=3600.0, help="for all of it (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench-out/memory"), help="logs, looks, plots, a copy of the rows"
+    )
+    parser.add_argument("--port", type=int, default=30100)
+    parser.add_argument("server_flags", nargs="*", help="flags for every server, after --")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not cuda:
+        print("no GPU: a small load on a tiny model, on the host driver. Its figures say nothing about a GPU.")
+        options.model = options.model or str(TinyLlama().write(options.out / "tiny-llama", tokenizer=smollm2()))
+        host = "--sleep-on-idle --device=cpu --dtype=float32 --sampling-backend=pytorch --grammar-backend=none"
+        host += " --skip-server-warmup --mem-fraction-static=0.3 --max-total-tokens=8192"
+        options.server_flags = [*host.split(), *options.server_flags]
+    options.model = options.model or str(smollm2())
+    return options
+
+
+def _leave(number: int, _frame: Any) -> None:
+    """End by an exception, so that servers are stopped."""
+    raise SystemExit(128 + number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, _leave)
+    questions = Questions(arguments(argv))
+    for name in questions.options.ask:
+        print(f"== {name}", flush=True)
+        try:
+            getattr(questions, name)()
+        except (VTensorError, RuntimeError, OSError, TimeoutError) as error:
+            print(f"{name}: {error!r}", flush=True)  # the questions after it may do
+            questions.failed = True
+    return int(questions.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

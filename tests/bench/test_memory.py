@@ -1,0 +1,71 @@
+"""memory.py on a fake server that obeys its limit at once, late, or never."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import memory
+import pytest
+from aiohttp import web
+from servers import Remote
+
+from .fake_sglang import FakeServer
+from .test_compare import in_thread
+
+FULL = 6000
+
+
+@dataclass
+class Limited(FakeServer):
+    """Has all of its memory backed, and lets go ``obeys_after_s`` after its limit has fallen."""
+
+    obeys_after_s: float = 0.0
+    limits: list[tuple[float, int]] = field(default_factory=list)
+
+    async def info(self, request: web.Request) -> web.Response:
+        backed = limit = FULL
+        for at_s, value in self.limits:
+            limit = value
+            if time.monotonic() - at_s >= self.obeys_after_s:
+                backed = value
+        pool = {"physical_bytes": backed, "limit_bytes": limit, "page_bytes": 10, "pages_in_use": 3}
+        return web.json_response({"internal_states": [{"vtensor": pool}]})
+
+    async def set_limit(self, request: web.Request) -> web.Response:
+        body = json.loads(await request.text())
+        self.limits.append((time.monotonic(), body["server_args"]["vtensor_memory_limit_bytes"]))
+        return web.json_response([{"updated": True}])
+
+
+@pytest.mark.parametrize(("obeys_after_s", "least_s", "most_s"), [(0.0, 0.0, 0.4), (0.5, 0.4, 0.9), (9.0, 1.0, 1.5)])
+def test_how_soon_memory_follows_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obeys_after_s: float, least_s: float, most_s: float
+) -> None:
+    fake = Limited(delay_s=0.06, obeys_after_s=obeys_after_s)
+
+    @contextmanager
+    def servers(self: memory.Questions, *names: str) -> Iterator[list[Remote]]:
+        with in_thread(fake):
+            yield [Remote(names[0], fake.url)]
+
+    monkeypatch.setattr(memory.Questions, "servers", servers)
+    monkeypatch.setattr(memory, "FOLLOW_SECONDS", 1.0)
+    monkeypatch.setattr(memory, "BEFORE_SECONDS", 0.2)
+    assert memory.main(["--model=none", "--ask", "limit", f"--out={tmp_path}", "--scale=0.1"]) == 0
+    with (tmp_path / "memory.csv").open() as file:
+        rows = {(row["case"], row["metric"]): float(row["p50"]) for row in csv.DictReader(file)}
+    assert least_s <= rows["limit lowered under load", "memory follows after"] < most_s
+    assert rows["limit moved under load", "errors"] == 0
+    values = [value for _, value in fake.limits]
+    assert values[:2] == [FULL // 6, FULL] and len(values) == 2 * rows["limit lowered under load", "times"]
+    with (tmp_path / "limit-vtensor-auto.csv").open() as file:
+        looks = list(csv.DictReader(file))
+    assert {look["limit_bytes"] for look in looks} == {str(FULL), str(FULL // 6)}
+    assert {look["in_use_bytes"] for look in looks} == {"30"}
+    assert (tmp_path / "limit.svg").read_text().count("<polyline") == 3
