@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +26,13 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         SGLang would synchronise with it, for instance in ``/release_memory_occupation``, and end there.
         """
         module_of = torch.get_device_module
-        torch.get_device_module = lambda device=None: module_of("cpu" if device is None else device)
+
+        @functools.cache  # as the original: torch.compile looks at its ``__wrapped__``
+        def get_device_module(device: torch.device | str | None = None) -> ModuleType:
+            found: ModuleType = module_of("cpu" if device is None else device)
+            return found
+
+        torch.get_device_module = get_device_module
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
