@@ -39,11 +39,19 @@ class Client:
         Raises:
             VTensorError: the server runs without vTensor memory, or cannot be asked.
         """
+        return [state["vtensor"] for state in self.states()]
+
+    def states(self) -> list[dict[str, Any]]:
+        """``/server_info``'s section on each replica that has vTensor memory; its figures are under ``vtensor``.
+
+        Raises:
+            VTensorError: as for ``figures``.
+        """
         states = self.get("/server_info").get("internal_states", [])
-        figures = [state["vtensor"] for state in states if "vtensor" in state]
-        if not figures:
+        found = [state for state in states if "vtensor" in state]
+        if not found:
             raise VTensorError(f"the server at {self.url} runs without vTensor memory; start it with --enable-vtensor")
-        return figures
+        return found
 
     def _ask(self, request: urllib.request.Request) -> Any:
         if self.api_key:

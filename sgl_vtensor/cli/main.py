@@ -58,6 +58,17 @@ def parser() -> argparse.ArgumentParser:
     )
     limit.set_defaults(run=_limit)
 
+    top = commands.add_parser(
+        "top",
+        help="watch memory, sharing and rows of a running server",
+        description="A live view, once a second; Ctrl-C ends it. Where the output is no terminal, one look.",
+    )
+    _add_server(top)
+    top.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between looks (%(default)g)")
+    top.add_argument("--once", action="store_true", help="look once; rates are since the server's start")
+    top.add_argument("--json", action="store_true", help="print a line of JSON a look, for programs")
+    top.set_defaults(run=_top)
+
     doctor = commands.add_parser(
         "doctor",
         help="check whether this machine can serve on vTensor memory",
@@ -121,6 +132,16 @@ def _limit(options: argparse.Namespace) -> int:
     from sgl_vtensor.cli.client import Client
 
     return limit.run(Client(options.url, options.api_key), options.size, wait_seconds=options.wait)
+
+
+def _top(options: argparse.Namespace) -> int:
+    from sgl_vtensor.cli import top
+    from sgl_vtensor.cli.client import Client
+
+    if not options.interval > 0:
+        raise ConfigError(f"--interval {options.interval:g} is too short; give seconds, like 1 or 0.5")
+    client = Client(options.url, options.api_key)
+    return top.run(client, interval_s=options.interval, once=options.once, as_json=options.json)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -31,6 +31,10 @@ class PoolStats:
     pages_free_backed: int
     pages_in_use: int
     pages_shared: int
+    pages_running: int
+    """Pages that running requests have, each counted once."""
+    pages_seen: int
+    """The same, counted as often as it is seen: seen / running is what sharing saves."""
     pages_fenced: int
     rows_running: int
     rows_parked: int
@@ -303,21 +307,27 @@ class VTensorPool:
 
     # Figures.
 
-    def pages_shared(self) -> int:
-        """Pages that more than one running request has."""
+    def _counts(self) -> npt.NDArray[np.int64]:
+        """[num_pages + 1]: how many running requests have each page."""
         counts: npt.NDArray[np.int64] = np.zeros(self.pages.num_pages + 1, dtype=np.int64)
         for slot in np.flatnonzero(self.row_of_slot).tolist():
             counts[self.wanted[slot, : self.num_wanted[slot]]] += 1
-        return int(np.count_nonzero(counts > 1))
+        return counts
+
+    def pages_shared(self) -> int:
+        """Pages that more than one running request has."""
+        return int(np.count_nonzero(self._counts() > 1))
 
     def stats(self) -> PoolStats:
-        pages, rows = self.pages, self.rows
+        pages, rows, counts = self.pages, self.rows, self._counts()
         return PoolStats(
             num_pages=pages.num_pages,
             pages_backed=pages.num_backed - 1,
             pages_free_backed=pages.num_free_backed,
             pages_in_use=pages.num_in_use,
-            pages_shared=self.pages_shared(),
+            pages_shared=int(np.count_nonzero(counts > 1)),
+            pages_running=int(np.count_nonzero(counts)),
+            pages_seen=int(counts.sum()),
             pages_fenced=len(pages.fenced),
             rows_running=rows.num_running,
             rows_parked=rows.num_parked,

@@ -109,6 +109,9 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         self._batch: Any = None
         self._copied: dict[int, tuple[int, int]] = {}
         self.extending = False
+        self.tokens_hit = 0
+        self.tokens_computed = 0
+        """Of prompts: found in the cache, and not."""
         self.copies: list[PageCopy] = []
         """Beginnings of cached pages to copy into requests' own pages, before anything else of the next launch."""
         super().__init__(*args, **kwargs)
@@ -189,6 +192,7 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         starts, stops = prefix_lens_cpu.tolist(), seq_lens_cpu.tolist()
         slots = [req.kv.req_pool_idx for req in batch.reqs]
         opened: list[int] = []
+        hit = 0
         sources: dict[int, tuple[int, int]] = {}  # slot -> (page to copy from, prefix in tokens)
         for req, slot, start, stop in zip(batch.reqs, slots, starts, stops, strict=True):
             if not pool.is_open(slot):
@@ -197,10 +201,13 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
                     sources[slot] = pages.pop(), start
                 pool.open(slot, pages, stop)
                 opened.append(slot)
+                hit += start
         if not self._grow(slots, stops, batch.tree_cache):
             for slot in opened:
                 pool.close(slot)
             return None
+        self.tokens_hit += hit
+        self.tokens_computed += extend_num_tokens
         self._copied = sources
         for slot, (source, start) in sources.items():
             target = int(pool.wanted[slot, start // self.page_size])

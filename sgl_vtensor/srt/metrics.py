@@ -15,10 +15,14 @@ GAUGES: dict[str, str] = {
     "cached_bytes": "Memory of cached prefixes.",
     "free_backed_bytes": "Memory of free pages that is kept ready.",
     "shared_pages": "Pages that more than one running request has.",
+    "running_pages": "Pages that running requests have, each counted once.",
+    "seen_pages": "The same, counted for each request that has it.",
     "mappings": "Mappings of pages in rows.",
 }
 COUNTERS: dict[str, str] = {
     "pages_released": "Pages given back to the device.",
+    "tokens_hit": "Tokens of prompts that were found in the cache.",
+    "tokens_computed": "Tokens of prompts that were not.",
     "tokens_copied": "Cached tokens that were copied into a request's own page.",
 }
 """Each is a key of ``Runtime.stats``."""
@@ -29,29 +33,34 @@ class Metrics:
 
     Args:
         labels: those of SGLang's own scheduler metrics, so that dashboards join them.
+        registry: where they are kept; by default where SGLang's are.
     """
 
-    def __init__(self, labels: Mapping[str, str]) -> None:
+    def __init__(self, labels: Mapping[str, str], *, registry: Any = None) -> None:
         # Not at import: prometheus_client chooses its storage when SGLang has set PROMETHEUS_MULTIPROC_DIR.
-        from prometheus_client import Counter, Gauge, Histogram
+        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-        names = list(labels)
+        names, where = list(labels), {"registry": registry or REGISTRY}
 
         def gauge(name: str, text: str, *more: str) -> Any:
-            return Gauge(f"vtensor_{name}", text, [*names, *more], multiprocess_mode="mostrecent")
+            return Gauge(f"vtensor_{name}", text, [*names, *more], multiprocess_mode="mostrecent", **where)
+
+        def counter(name: str, text: str, *more: str) -> Any:
+            return Counter(f"vtensor_{name}", text, [*names, *more], **where)
 
         self._labels = dict(labels)
         self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
-        self._counters = {name: Counter(f"vtensor_{name}", text, names) for name, text in COUNTERS.items()}
+        self._counters = {name: counter(name, text) for name, text in COUNTERS.items()}
         self._rows = gauge("rows", "Rows by state.", "state")
-        self._calls = Counter("vtensor_driver_calls", "Calls of the driver by kind.", [*names, "kind"])
-        self._seconds = Counter("vtensor_driver_seconds", "Time in calls of the driver by kind.", [*names, "kind"])
-        self._evicted = Counter("vtensor_pages_evicted", "Cached pages dropped by us, by reason.", [*names, "reason"])
+        self._calls = counter("driver_calls", "Calls of the driver by kind.", "kind")
+        self._seconds = counter("driver_seconds", "Time in calls of the driver by kind.", "kind")
+        self._evicted = counter("pages_evicted", "Cached pages dropped by us, by reason.", "reason")
         self._waits = Histogram(
             "vtensor_mapping_wait_seconds",
             "How long launches waited for mappings.",
             names,
             buckets=WAIT_BUCKETS_SECONDS,
+            **where,
         )
         self._counted: dict[tuple[str, str], float] = {}
 
@@ -66,6 +75,8 @@ class Metrics:
             "cached_bytes": stats["pages_cached"] * page_bytes,
             "free_backed_bytes": stats["pages_free_backed"] * page_bytes,
             "shared_pages": stats["pages_shared"],
+            "running_pages": stats["pages_running"],
+            "seen_pages": stats["pages_seen"],
             "mappings": stats["mappings"],
         }
         for name, value in values.items():

@@ -230,6 +230,8 @@ class Runtime:
         return stats | {
             "driver": self.pool.driver.name,
             "kernel": self.config.kernel,
+            "tokens_hit": self.allocator.tokens_hit,
+            "tokens_computed": self.allocator.tokens_computed,
             "tokens_copied": self.tokens_copied,
             "mapping_waits": self.mapping_waits,
             "mapping_wait_seconds": self.mapping_wait_seconds,
@@ -361,7 +363,8 @@ def add_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) 
     scheduler = controller.scheduler
     runtime = runtime_of(scheduler.tp_worker.model_runner)
     if runtime is not None:
-        result.internal_state["vtensor"] = runtime.stats(scheduler.tree_cache)
+        waiting = {"requests_waiting": len(scheduler.waiting_queue)}
+        result.internal_state["vtensor"] = runtime.stats(scheduler.tree_cache) | waiting
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -152,6 +153,30 @@ def metrics(server: SGLangServer) -> dict[tuple[str, ...], float]:
                 of = (sample.labels[name] for name in ("kind", "reason", "state") if name in sample.labels)
                 found[(sample.name, *of)] = sample.value
     return found
+
+
+def test_top_shows_what_server_info_says_under_load(
+    server: SGLangServer, stock: StockAnswers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def look() -> dict[str, float]:
+        assert main(["top", f"127.0.0.1:{server.port}", "--once", "--json"]) == 0
+        found: dict[str, float] = json.loads(capsys.readouterr().out)
+        return found
+
+    with ThreadPoolExecutor(4) as executor:
+        answers = [executor.submit(server.generate, one.prompt, one.tokens) for one in stock.hungry[:4]]
+        busy = [look() for _ in range(3)]
+        assert [one.result().output_ids for one in answers] == [one.output_ids for one in stock.hungry[:4]]
+    assert any(found["requests_running"] > 0 and found["pages_seen"] > 0 for found in busy)
+    server.wait_idle()
+    found, figures = look(), server.vtensor()
+    assert found["in_use_bytes"] == figures["pages_in_use"] * figures["page_bytes"] > 0
+    for name in ("limit_bytes", "tokens_hit", "tokens_computed", "rows_parked", "mappings", "mapping_waits"):
+        assert found[name] == figures[name]
+    asked = sum(len(one.prompt) for one in stock.hungry[:4])
+    assert figures["tokens_computed"] + figures["tokens_hit"] >= asked
+    assert main(["top", f"127.0.0.1:{server.port}"]) == 0
+    assert "parked" in capsys.readouterr().out
 
 
 def test_prometheus_is_told_what_server_info_says(server: SGLangServer) -> None:
