@@ -21,16 +21,11 @@ def made() -> set[str]:
 
     registry = CollectorRegistry()
     metrics = Metrics({"model_name": "m"}, registry=registry)
-    metrics.update(
-        {
-            "page_bytes": 1, "limit_bytes": 1, "num_pages": 1, "physical_bytes": 1, "pages_in_use": 1,
-            "pages_cached": 1, "pages_free_backed": 1, "pages_shared": 1, "pages_running": 1, "pages_seen": 1, "mappings": 1,
-            "rows_running": 1, "rows_parked": 1, "pages_released": 1, "tokens_copied": 1, "tokens_hit": 1,
-            "tokens_computed": 1, "driver_calls": {"map": 1}, "driver_seconds": {"map": 1.0},
-            "pages_evicted_by_limit": 1, "pages_evicted_by_age": 1,
-        },
-        [0.001],
-    )  # fmt: skip
+    counts = """page_bytes limit_bytes num_pages physical_bytes pages_in_use pages_cached pages_free_backed pages_shared
+        pages_running pages_seen mappings rows_running rows_parked pages_released tokens_copied tokens_hit
+        tokens_computed pages_evicted_by_limit pages_evicted_by_age"""
+    figures: dict[str, Any] = dict.fromkeys(counts.split(), 1)
+    metrics.update(figures | {"driver_calls": {"map": 1}, "driver_seconds": {"map": 1.0}}, [0.001])
     return {sample.name for family in registry.collect() for sample in family.samples}
 
 
