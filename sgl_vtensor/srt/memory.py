@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sgl_vtensor.config import Size, VTensorConfig, format_bytes
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.errors import ConfigError, OutOfMemory
+from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory
 from sgl_vtensor.srt.agree import Decision, Ranks
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ MARGIN_BYTES = 512 << 20
 """Device memory that is never taken: other allocations of this process and its neighbours need some."""
 NEIGHBOUR_SECONDS = 30.0
 """While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
+RELEASE_AGAIN_SECONDS = 5.0
 SHORTAGE_SECONDS = 60.0
 SHORTAGE_POLL_SECONDS = 0.01
 
@@ -55,6 +56,7 @@ class MemoryPolicy:
         """SGLang's bounds when there is no limit."""
         self._idle_since: float | None = None
         self._next_look = 0.0
+        self._next_release = 0.0
         self._next_decision = 0.0
         self._shortage_since = self._last_shortage = float("-inf")
         self.pages_released = 0
@@ -207,7 +209,16 @@ class MemoryPolicy:
         return evicted // page_tokens
 
     def _release(self, keep_pages: int, at_most: int) -> int:
-        released = self.pool.shrink(keep_pages, at_most=at_most)
+        """Give back free pages' memory. That is no duty: a driver that refuses is left alone for a while."""
+        if time.monotonic() < self._next_release:
+            return 0
+        before = self.pool.pages.num_backed
+        try:
+            self.pool.shrink(keep_pages, at_most=at_most)
+        except DriverError as error:
+            self._next_release = time.monotonic() + RELEASE_AGAIN_SECONDS
+            logger.warning("vTensor memory: a page could not be given back, it is kept (%s)", error)
+        released = before - self.pool.pages.num_backed
         self.pages_released += released
         return released
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Expected, Start, StockAnswers
+from fault_plan import FaultPlan
 from server import PAGE_TOKENS, VTENSOR, SGLangServer, generate_body
 
 from sgl_vtensor.cli.main import main
@@ -20,10 +21,16 @@ CORES = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{min(1, (os.cpu_count() or 1) - 1)}"
 
 
 @pytest.fixture(scope="module")
-def two_ranks(start: Start) -> Iterator[SGLangServer]:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> FaultPlan:
+    return FaultPlan(tmp_path_factory.mktemp("faults") / "plan.json")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(start: Start, plan: FaultPlan) -> Iterator[SGLangServer]:
     flags = ("--tp-size=2", "--max-total-tokens=2048", f"--chunked-prefill-size={2 * PAGE_TOKENS}", "--vtensor-debug")
     before = boards()
-    with start(*VTENSOR, *flags, "--vtensor-cache-seconds=3", "--vtensor-idle-seconds=1", env=CORES) as server:
+    ages = ("--vtensor-cache-seconds=3", "--vtensor-idle-seconds=1")
+    with start(*VTENSOR, *flags, *ages, env=CORES | plan.environment) as server:
         assert boards() == before, "the board's name is gone once all ranks have it"
         yield server
         server.check_healthy()
@@ -58,6 +65,16 @@ def test_two_ranks_answer_like_one_process(two_ranks: SGLangServer, stock: Stock
     assert [tuple(reply["output_ids"]) for reply in replies] == [twin.output_ids] * 2
     check(two_ranks, stock.hungry, concurrency=8)
     assert check(two_ranks, [twin], concurrency=1)[0] > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_out_of_memory_on_one_rank_only(
+    two_ranks: SGLangServer, stock: StockAnswers, plan: FaultPlan, rank: int
+) -> None:
+    """It waits for its memory, the other one for it: both decide alike, and no request is lost."""
+    with plan.failing(create_OutOfMemory=0.5, rank=rank):
+        check(two_ranks, [*stock.mixed, *stock.hungry[:3]], concurrency=8)
+    check(two_ranks, stock.mixed[:6], concurrency=4)
 
 
 def test_two_ranks_under_a_limit_that_moves(two_ranks: SGLangServer, stock: StockAnswers) -> None:
