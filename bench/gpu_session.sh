@@ -9,7 +9,7 @@
 # summary.txt, serving.csv and memory.csv (rows to append to those in bench/results), runs.jsonl, memcheck.log, logs.tar.gz and
 # caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a GPU it is a dry run on a tiny model.
 #   SESSION_SECONDS  for all of it (560)      PYTHON  (python3)      WORKLOADS  (gsp)      ROUNDS  (1)
-#   QUESTIONS  of memory.py (all)
+#   QUESTIONS  of memory.py (all)      SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${OUT:?where the results are to go}")
@@ -78,6 +78,11 @@ if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then
   off=+cuda-graph-backend-prefill=disabled
   groups=(--group "stock-fa3$off" "vtensor-auto$off" --group "stock-triton$off" "vtensor-triton$off"
     --group "vtensor-fa3$off" vtensor-auto)
+  if [ -n "${SERVERS:-}" ]; then
+    groups=()
+    IFS=';' read -ra asked <<< "$SERVERS"
+    for group in "${asked[@]}"; do groups+=(--group $group); done
+  fi
   flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --mem-fraction-static 0.8
     --max-total-tokens 100000 --skip-server-warmup --cuda-graph-max-bs-decode 64)
   # The pool as large as it gets, since what it takes of it is the question.
