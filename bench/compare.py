@@ -136,6 +136,12 @@ class Comparison:
                 raise OutOfTime("none is left for logprobs")
             self.answers[server.name] = logprobs.ask(server, self.options.longest_probe)
             baseline = next(iter(self.answers))
+            if (spread := logprobs.spread(self.answers[server.name])) < logprobs.LEAST_SPREAD:
+                print(
+                    f"  {server.name:24s} logprobs: left out, the prompt hardly matters here ({spread:.5f} nat): "
+                    "take real weights, or --model random"
+                )
+                continue
             found = logprobs.difference(self.answers[server.name], self.answers[baseline])
             count = int(found.pop("prompts"))
             for metric, value in found.items():
@@ -144,7 +150,8 @@ class Comparison:
                 self.results.add(case, server.name, f"{metric}_from_{baseline}", metric_unit, [value])
             print(
                 f"  {server.name:24s} logprobs: differ from {baseline}'s by {found['max_abs_diff']:.4f} at most, "
-                f"{found['mean_abs_diff']:.5f} on average; {found['first_tokens_differ']:.0f} of {count} first tokens",
+                f"{found['mean_abs_diff']:.5f} on average; {found['first_tokens_differ']:.0f} of {count} first tokens; "
+                f"prompts differ by {spread:.3f}",
                 flush=True,
             )
 
@@ -287,7 +294,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}{workloads.describe()}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="folder with config and tokenizer; default: SmolLM2, without a GPU a tiny one")
+    parser.add_argument(
+        "--model",
+        help="folder with config and tokenizer; 'random': a small one with the heads of an 8B model and weights for "
+        "which the prompt matters, unlike dummy ones; default: SmolLM2, without a GPU a tiny one",
+    )
+    parser.add_argument("--tokenizer", type=Path, help="folder of the random model's tokenizer; default: SmolLM2's")
     parser.add_argument("--group", nargs="+", action="append", help="servers that run side by side (bench/servers.py)")
     parser.add_argument(
         "--url", action="append", metavar="NAME=URL", help="servers that run already, in place of --group"
@@ -331,6 +343,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         options.server_flags = [*host.split(), *options.server_flags]
     elif not options.url:
         options.model = options.model or str(smollm2())
+    if options.model == "random" and not options.url:
+        model = TinyLlama(layers=4, heads=32, kv_heads=8, head_dim=128, hidden=1024, max_tokens=16384)
+        options.model = str(model.write(options.out / "random-llama", tokenizer=options.tokenizer or smollm2()))
     if not options.url:
         for name in {name for group in options.group for name in group}:
             try:

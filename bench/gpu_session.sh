@@ -25,7 +25,7 @@ say() { echo "[$SECONDS s] $*" >> "$work/summary.txt"; echo "[$SECONDS s] $*"; }
 
 pack() { # files are moved into place whole, so that a kill never leaves half of one
   local new=$work/.$BASHPID.new file
-  (cd "$work" && tar czf "$new" --exclude=tiny-llama -- * 2> /dev/null)
+  (cd "$work" && tar czf "$new" --exclude='*-llama' -- * 2> /dev/null)
   [ $? -gt 1 ] || mv "$new" "$out/logs.tar.gz" # 1: a log grew meanwhile
   for file in summary.txt memcheck.log servers/serving.csv servers/runs.jsonl memory/memory.csv; do
     if [ -f "$work/$file" ]; then cp "$work/$file" "$new" && mv "$new" "$out/$(basename "$file")"; fi

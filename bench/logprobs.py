@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import statistics
 from dataclasses import dataclass
 
 from servers import Remote
 
 PROBED_TOKENS = list(range(100, 1700, 100))
 """Their logprobs are compared, whatever the model says next."""
+LEAST_SPREAD = 0.1
+"""In nat: a model whose logprobs vary less from prompt to prompt hardly looks at its cache, as with dummy weights."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,15 @@ def ask(server: Remote, longest: int) -> dict[int, Answer]:
         values = reply["meta_info"]["output_token_ids_logprobs"][0]
         answers[number] = Answer(reply["output_ids"][0], tuple(value for value, *_ in values))
     return answers
+
+
+def spread(answers: dict[int, Answer]) -> float:
+    """How much the prompt decides: the standard deviation over the prompts of a token's logprob, the mean over tokens.
+
+    Where it is small, ``difference`` shows nothing, whatever the servers do.
+    """
+    by_token = zip(*(answer.logprobs for answer in answers.values()), strict=True)
+    return statistics.fmean(statistics.pstdev(values) for values in by_token)
 
 
 def difference(mine: dict[int, Answer], theirs: dict[int, Answer]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sgl_vtensor.config import format_bytes
 from sgl_vtensor.core.layout import (
@@ -138,7 +138,12 @@ def run(
         f"{geometry.kv_heads} KV heads x {geometry.head_dim} x {geometry.item_bytes} B = {taken['token_bytes']:,} B."
     )
     table = Table(
-        "page", "size", "padding", "maps a 1k new tokens", "pages a GiB", f"tokens in {memory_bytes / GIB:g} GiB"
+        Column("page", no_wrap=True),
+        "size",
+        "padding",
+        "maps a 1k new tokens",
+        "pages a GiB",
+        f"tokens in {memory_bytes / GIB:g} GiB",
     )
     for choice in choices:
         mark = " *" if choice is taken else ""

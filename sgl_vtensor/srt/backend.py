@@ -81,9 +81,10 @@ class VTensorAttnBackend(AttentionBackend):
         if self.kernel == "fa3" and self._fa3 is None:
             raise ConfigError("--vtensor-kernel fa3 needs FlashAttention-3 on a Hopper GPU; use --vtensor-kernel auto")
         self._paged = self._make_paged(runner)
-        # Measured on an H100 (bench/results/decode.csv): stock FlashAttention-3 over the homes decodes as fast as any
-        # kernel over views, or faster. Where it is absent our own kernel decodes.
+        # Measured on an H100 (bench/results): stock FlashAttention-3 over the homes decodes as fast as any kernel over
+        # views, or faster, and so it prefills where it copies pages in bulk. Where it is absent our own kernels run.
         runtime.decode_reads_homes = self._fa3 is not None
+        runtime.extend_reads_homes = self._fa3 is not None and self.kernel == "auto" and _copies_in_bulk(runtime)
         runtime.can_read_homes = self._paged is not None
         fa3 = "in use" if self._fa3 is not None else "not used"
         logger.info("vTensor attention: kernel %s, FlashAttention-3 %s", self.kernel, fa3)
@@ -319,6 +320,15 @@ class VTensorAttnBackend(AttentionBackend):
                 window_size=(window, 0 if options["causal"] else window) if window > 0 else (-1, -1),
             )
             out[start:stop] = result[0]
+
+
+FA3_BLOCK_TOKENS = 128
+"""FlashAttention-3 hands paged keys to the copy engine where a page is a multiple of its tile (hopper/tile_size.h: 128
+keys for causal head_dim 64 and 128); otherwise threads gather them, which costs a tenth."""
+
+
+def _copies_in_bulk(runtime: Runtime) -> bool:
+    return runtime.pool.layout.page_tokens % FA3_BLOCK_TOKENS == 0
 
 
 def _load_fa3() -> Any:

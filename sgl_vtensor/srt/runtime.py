@@ -68,6 +68,8 @@ class Runtime:
         """Whether the attention backend can also read pages at their homes."""
         self.decode_reads_homes = False
         """Whether it always decodes there."""
+        self.extend_reads_homes = False
+        """Whether it always prefills there."""
         self.launch_reads_homes = False
         """Whether the batch that is being launched does."""
         self._bytes = pool.pages.tensor()
@@ -94,7 +96,9 @@ class Runtime:
         if not self.can_read_homes:
             reads_rows = True
         elif self.allocator.extending:
-            reads_rows = len(slots) <= MAX_VIEWS and self.pool.count_changes(slots) <= MAX_MAPPINGS_AHEAD
+            reads_rows = not self.extend_reads_homes and (
+                len(slots) <= MAX_VIEWS and self.pool.count_changes(slots) <= MAX_MAPPINGS_AHEAD
+            )
         else:
             reads_rows = not self.decode_reads_homes
         if reads_rows:
@@ -168,7 +172,7 @@ class Runtime:
         else:
             self.pool.launch(None)
         self.policy.launched()
-        if self.can_read_homes:
+        if self.can_read_homes and not (self.extend_reads_homes and self.decode_reads_homes):
             self._map_ahead(batch)
 
     def _map_ahead(self, batch: Any) -> None:

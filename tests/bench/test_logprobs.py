@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from logprobs import Answer, difference, prompts
+from logprobs import Answer, difference, prompts, spread
 
 
 def test_prompts_are_short_long_shared_equal_and_chunked() -> None:
@@ -22,3 +22,8 @@ def test_differences_of_the_prompts_that_both_answered() -> None:
     assert difference(mine, theirs) == pytest.approx(
         {"prompts": 2, "max_abs_diff": 0.5, "mean_abs_diff": 0.125, "first_tokens_differ": 1}
     )
+
+
+def test_a_model_that_does_not_mind_its_prompt_is_told_from_one_that_does() -> None:
+    assert spread({0: Answer(5, (-1.0, -2.0)), 1: Answer(5, (-1.0, -2.0))}) == 0
+    assert spread({0: Answer(5, (-1.0, -2.0)), 1: Answer(5, (-3.0, -2.0))}) == pytest.approx(0.5)

@@ -38,10 +38,10 @@ def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, A
 def test_a_model_that_fits_granules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """32 layers x 8 heads x 128 x 2 bytes, K and V: 128 KiB a token, 16 tokens in 2 MiB."""
     found = plan(tmp_path, capsys, LLAMA_8B, "--max-running-requests=256", "--memory=40GiB")
-    assert (found["token_stride_bytes"], found["page_tokens"], found["page_bytes"]) == (131072, 64, 8 << 20)
-    assert (found["waste"], found["num_pages"], found["num_tokens"]) == (0, 5120, 327680)
+    assert (found["token_stride_bytes"], found["page_tokens"], found["page_bytes"]) == (131072, 128, 16 << 20)
+    assert (found["waste"], found["num_pages"], found["num_tokens"]) == (0, 2560, 327680)
     assert (found["num_rows"], found["row_bytes"]) == (513, 16 << 30)
-    assert found["maps_per_1k_tokens"] == 31.2
+    assert found["maps_per_1k_tokens"] == 15.6
 
 
 def test_a_model_that_needs_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +64,7 @@ def test_what_a_person_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     assert main(["plan", str(tmp_path / "config.json"), "--max-running-requests=2000", "--context-length=1000000"]) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "= 131,072 B." in said and "64 tokens *" in said
+    assert "= 131,072 B." in said and "128 tokens *" in said
     assert "lower --max-running-requests to 837" in said
 
 

@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / "tests" / "srt"), str(ROOT / "bench")]
 from server import VTENSOR, SGLangServer  # noqa: E402
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # an idle SGLang server polls: it must not go on beside other tests
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     folder = tmp_path_factory.mktemp("examples")
     model = TinyLlama().write(folder / "tiny-llama", tokenizer=smollm2())

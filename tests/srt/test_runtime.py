@@ -111,6 +111,14 @@ def test_a_large_batch_reads_homes_and_maps_only_the_prefill_that_goes_on(world:
     assert not world.prefill([3], 13), "its row was mapped behind its first chunk"
 
 
+def test_where_all_is_read_at_its_home_no_row_is_mapped(world: World) -> None:
+    world.runtime.can_read_homes = world.runtime.decode_reads_homes = world.runtime.extend_reads_homes = True
+    calls = world.driver.calls["map"]
+    pages = world.pool.pages.num_backed
+    assert world.prefill([1], 2) and world.prefill([2], 30, chunked=2) and world.decode([1, 2])
+    assert world.driver.calls["map"] - calls == world.pool.pages.num_backed - pages, "homes only"
+
+
 def test_decode_that_reads_rows_gets_them_although_its_prefill_did_not(world: World) -> None:
     world.runtime.can_read_homes = True
     slots = list(range(1, MAX_VIEWS + 2))
