@@ -171,10 +171,11 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         pool, pages = self.pool, self.pool.pages
         if pool.secure(num_pages, beyond_limit=beyond_limit):
             return True
-        kept_pages = pages.num_in_use - tree_cache.evictable_size() // self.page_size
-        if kept_pages + num_pages > pages.most_in_use(beyond_limit=beyond_limit):
+        shortage = pages.num_in_use + num_pages - pages.most_in_use(beyond_limit=beyond_limit)
+        if shortage > tree_cache.evictable_size() // self.page_size:
             return False
-        return self._evict_until(lambda: pool.secure(num_pages, beyond_limit=beyond_limit), tree_cache)
+        secure = lambda: pool.secure(num_pages, beyond_limit=beyond_limit)  # noqa: E731
+        return self._evict_until(secure, tree_cache, at_first=shortage)
 
     # Allocation.
 
@@ -219,11 +220,14 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
 
     def point_at_copies(self, req_to_token_pool: Any) -> None:
         """SGLang's table names the pages that are copied from; let it name the requests' own."""
-        for slot, (_, start) in self._copied.items():
-            positions = np.arange(start - start % self.page_size, start)
-            slots = self._to_device(self._slots_of(slot, positions)).to(torch.int32)
-            req_to_token_pool.write((slot, slice(int(positions[0]), start)), slots)
-        self._copied = {}
+        copied, self._copied = self._copied, {}
+        if not copied:
+            return
+        spans = [(slot, np.arange(start - start % self.page_size, start)) for slot, (_, start) in copied.items()]
+        rows = np.concatenate([np.full(len(positions), slot, dtype=np.int64) for slot, positions in spans])
+        columns = np.concatenate([positions for _, positions in spans])
+        table = self._to_device(np.stack([rows, columns, self._slots_of(rows, columns)]))
+        req_to_token_pool.write((table[0], table[1]), table[2].to(torch.int32))
 
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
@@ -251,11 +255,16 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         grow = lambda: self.pool.grow(slots, stops, beyond_limit=True)  # noqa: E731
         return grow() or self._evict_until(grow, tree_cache)
 
-    def _evict_until(self, succeeds: Callable[[], bool], tree_cache: Any) -> bool:
-        """Evict cached prefixes, page by page, until a neighbour's hunger for memory is made good."""
-        while tree_cache.evict(EvictParams(num_tokens=self.page_size)).num_tokens_evicted > 0:
+    def _evict_until(self, succeeds: Callable[[], bool], tree_cache: Any, *, at_first: int = 1) -> bool:
+        """Evict the pages known to be missing, then one by one until a neighbour's hunger for memory is made good.
+
+        SGLang ranks all leaves anew in each call: page by page alone would take seconds with a large tree.
+        """
+        num_pages = max(1, at_first)
+        while tree_cache.evict(EvictParams(num_tokens=num_pages * self.page_size)).num_tokens_evicted > 0:
             if succeeds():
                 return True
+            num_pages = 1
         return False
 
     def _slots_of(self, slot: Any, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -294,7 +303,7 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
             self._pool.shrink(0)
 
 
-def to_device(values: npt.NDArray[np.int64], device: Any) -> torch.Tensor:
+def to_device(values: npt.NDArray[Any], device: Any) -> torch.Tensor:
     """Copy host numbers to the device without waiting: from pinned memory, in stream order."""
     tensor = torch.from_numpy(values)
     if torch.device(device).type == "cpu":

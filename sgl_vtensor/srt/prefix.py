@@ -7,6 +7,7 @@ from bisect import bisect_left, insort
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.common import coalesce_ranges
@@ -24,11 +25,13 @@ NO_TOKEN = -1
 class PageRun:
     """What a node holds in place of a tensor of slots: whole pages, sliced in tokens as the base class does."""
 
-    __slots__ = ("page_tokens", "pages")
+    __slots__ = ("page_tokens", "pages", "slots")
 
-    def __init__(self, pages: list[int], page_tokens: int) -> None:
+    def __init__(self, pages: list[int], page_tokens: int, slots: torch.Tensor | None = None) -> None:
         self.pages = pages
         self.page_tokens = page_tokens
+        self.slots = slots
+        """[tokens] int64 on the device, made when a hit first asks for it; SGLang only reads it."""
 
     def __len__(self) -> int:
         return len(self.pages) * self.page_tokens
@@ -37,10 +40,11 @@ class PageRun:
         start, stop, step = tokens.indices(len(self))
         if step != 1 or start % self.page_tokens or stop % self.page_tokens:
             raise VTensorError(f"a page is cut in two by [{start}, {stop}); please report this")
-        return PageRun(self.pages[start // self.page_tokens : stop // self.page_tokens], self.page_tokens)
+        pages = self.pages[start // self.page_tokens : stop // self.page_tokens]
+        return PageRun(pages, self.page_tokens, None if self.slots is None else self.slots[start:stop])
 
     def clone(self) -> PageRun:
-        return PageRun(list(self.pages), self.page_tokens)
+        return PageRun(list(self.pages), self.page_tokens, self.slots)
 
 
 class VTensorRadixCache(RadixCache):
@@ -128,20 +132,29 @@ class VTensorRadixCache(RadixCache):
     def pool(self) -> Any:
         return self.token_to_kv_pool_allocator.pool
 
+    def _path(self, node: TreeNode) -> list[PageRun]:
+        runs: list[PageRun] = []
+        while node is not self.root_node:
+            runs.append(node.value)
+            node = node.parent
+        return runs[::-1]
+
     def path_pages(self, node: TreeNode) -> list[int]:
         """Page ids from the root to ``node``."""
-        runs = []
-        while node is not self.root_node:
-            runs.append(node.value.pages)
-            node = node.parent
-        return [page for run in reversed(runs) for page in run]
+        return [page for run in self._path(node) for page in run.pages]
 
     def prefix_pages(self, req: Any) -> list[int]:
         """Page ids of the prefix that a request has been granted; the last is copied from if only in part its."""
         return self.path_pages(req.last_node)[: -(-req.prefix_len // self.page_size)]
 
     def path_device_indices(self, node: TreeNode) -> torch.Tensor:
-        return self._device_slots(self.path_pages(node))
+        runs = self._path(node)
+        for run in runs:
+            if run.slots is None:
+                run.slots = to_device(self._slots(run.pages), self.device)
+        if len(runs) == 1:
+            return runs[0].slots
+        return torch.cat([run.slots for run in runs]) if runs else self._empty_device_indices
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Give the tree the request's full pages up to ``up_to``; where it has them already, use the tree's.
@@ -182,8 +195,8 @@ class VTensorRadixCache(RadixCache):
         if changed:
             # A paged backend reads pages through this table; only what changed is written.
             start, stop = changed[0] * page_size, (changed[-1] + 1) * page_size
-            slots = self._device_slots(kept[changed[0] : changed[-1] + 1])
-            self.req_to_token_pool.write((slot, slice(start, stop)), slots.to(torch.int32))
+            slots = self._slots(kept[changed[0] : changed[-1] + 1]).astype(np.int32)
+            self.req_to_token_pool.write((slot, slice(start, stop)), to_device(slots, self.device))
         req.kv.cache_protected_len = len(key)
         self.unlock(req.lock)
         req.lock = self.lock(node)
@@ -209,7 +222,7 @@ class VTensorRadixCache(RadixCache):
         return pages
 
     def all_values_flatten(self) -> torch.Tensor:
-        return self._device_slots(self.all_pages())
+        return to_device(self._slots(self.all_pages()), self.device)
 
     def _key_of(self, req: Any, token_ids: Any) -> RadixKey:
         key = RadixKey(token_ids, req.extra_key, is_bigram=False, cache_salt=req.cache_salt)
@@ -228,12 +241,10 @@ class VTensorRadixCache(RadixCache):
                 )
             )
 
-    def _device_slots(self, pages: list[int]) -> torch.Tensor:
-        if not pages:
-            return self._empty_device_indices
-        page_ids = to_device(np.asarray(pages, dtype=np.int64), self.device)
-        offsets = torch.arange(self.page_size, device=self.device)
-        return (page_ids[:, None] * self.page_size + offsets).flatten()
+    def _slots(self, pages: list[int]) -> npt.NDArray[np.int64]:
+        """Token slots of whole pages, on the host."""
+        firsts = np.asarray(pages, dtype=np.int64)[:, None] * self.page_size
+        return (firsts + np.arange(self.page_size)).ravel()
 
 
 def build_tree(context: TreeCacheBuildContext) -> VTensorRadixCache:

@@ -72,8 +72,7 @@ class Runtime:
         """Whether it always prefills there."""
         self.launch_reads_homes = False
         """Whether the batch that is being launched does."""
-        self._bytes = pool.pages.tensor()
-        self.words = self._bytes.view(torch.int64).view(pool.pages.num_pages + 1, -1)
+        self.words = pool.pages.tensor().view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
         self.mapping_waits = 0
         """Launches that waited for mappings; so many seconds, of which the longest."""
@@ -204,12 +203,13 @@ class Runtime:
     def _copy_pages(self) -> None:
         """Token-granular reuse. On the forward stream, so behind the launch that wrote the source page."""
         copies, self.allocator.copies = self.allocator.copies, []
-        layout = self.pool.layout
-        for copy in copies:
-            source, target = copy.source * layout.page_bytes, copy.target * layout.page_bytes
-            num_bytes = copy.len_tokens * layout.token_stride_bytes
-            self._bytes[target : target + num_bytes].copy_(self._bytes[source : source + num_bytes])
-            self.tokens_copied += copy.len_tokens
+        if not copies:
+            return
+        stride_words = self.pool.layout.token_stride_bytes // self.words.itemsize
+        targets = [self.words[copy.target, : copy.len_tokens * stride_words] for copy in copies]
+        sources = [self.words[copy.source, : copy.len_tokens * stride_words] for copy in copies]
+        torch._foreach_copy_(targets, sources)  # one launch for many of them
+        self.tokens_copied += sum(copy.len_tokens for copy in copies)
 
     # Figures.
 
