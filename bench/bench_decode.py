@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from attention_bench import Call, Inputs, Shape, arguments, chat, equal, measure
 from bench_prefill import fa3_paged, fa3_view, flashinfer_pages
-from vtensor_kernels import DecodeWorkspace, decode_attention
+from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode_attention
 
 SHAPES = [equal(batch, length - 1, 1) for batch, length in ((1, 8192), (8, 4096), (64, 2048), (32, 8192), (128, 1024))]
 GRID = [
@@ -31,19 +31,17 @@ GRID = [
 
 
 def vtensor_triton(inputs: Inputs, shape: Shape) -> Call:
-    return _vtensor(inputs, shape)
-
-
-def _vtensor(inputs: Inputs, shape: Shape, *, waves: int | None = None, **options: object) -> Call:
+    """The schedule is made before, as a forward pass makes it once for all layers."""
     out = torch.empty_like(inputs.q)
-    extra = {} if waves is None else {"waves": waves}
-    workspace = DecodeWorkspace(shape.batch, shape.q_heads, shape.head_dim, "cuda", **extra)
+    workspace = DecodeWorkspace(shape.batch, shape.q_heads, shape.head_dim, "cuda", kv_heads=shape.kv_heads)
+    schedule = DecodeSchedule(workspace, inputs.views[0][0], shape.batch).update(inputs.rows, inputs.kv_lens)
 
     def call(layer: int) -> torch.Tensor:
         k, v = inputs.views[layer]
         decode_attention(
-            inputs.q, k, v, out, inputs.rows, inputs.kv_lens, workspace=workspace, sm_scale=inputs.sm_scale, **options
-        )
+            inputs.q, k, v, out, inputs.rows, inputs.kv_lens, workspace=workspace, sm_scale=inputs.sm_scale,
+            schedule=schedule,
+        )  # fmt: skip
         return out
 
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -53,7 +54,7 @@ def vtensor_loop(inputs: Inputs, shape: Shape) -> Call:
     """The portable Triton loop also where a Hopper kernel exists."""
     group = shape.q_heads // shape.kv_heads
     config = choose_config(90, shape.head_dim, shape.head_dim, torch.bfloat16, shape.max_new * group)
-    return _vtensor(inputs, shape, config=config)
+    return _vtensor(inputs, shape, config=dataclasses.replace(config, hopper=False))
 
 
 def _vtensor(inputs: Inputs, shape: Shape, **options: object) -> Call:
