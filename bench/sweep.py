@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from attention_bench import Call, Inputs, Make, Memory, Shape, chat, checked_calls, equal, microseconds
 from bench_prefill import fa3_paged, fa3_view
-from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode_attention, prefill_attention
+from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode_attention, prefill_attention, prefill_schedule
 from vtensor_kernels.decode import DecodeConfig
 from vtensor_kernels.prefill import PrefillConfig
 
@@ -89,7 +89,7 @@ def prefill_configs() -> dict[str, PrefillConfig | None]:
     }
     found: dict[str, PrefillConfig | None] = {"chosen": None}
     for name, config in tiles.items():
-        for splits in (1, 2, 3, 4, 8, 16) if name != "m64n64w4s4" else (1, 2, 4, 8):
+        for splits in (1, 2, 3, 4, 6, 12) if name != "m64n64w4s4" else (1, 2, 4, 8):
             found[f"{name} x{splits}"] = PrefillConfig(
                 config.block_m, config.block_n, config.num_warps, config.num_stages, config.hopper, splits
             )
@@ -122,7 +122,7 @@ def decode(config: DecodeConfig | None, loads: str = "auto", *, scheduled: bool 
     return make
 
 
-def prefill(config: PrefillConfig | None) -> Make:
+def prefill(config: PrefillConfig | None, *, scheduled: bool = False) -> Make:
     def make(inputs: Inputs, shape: Shape) -> Call:
         out = torch.empty_like(inputs.q)
         pairs = shape.max_new * shape.q_heads // shape.kv_heads
@@ -133,12 +133,18 @@ def prefill(config: PrefillConfig | None) -> Make:
                 raise ValueError("more splits than could help")
             if config.block_m == 64 and pairs > 256 and programs > 264:
                 raise ValueError("larger tiles are for this")
+        schedule = None
+        if scheduled:
+            schedule = prefill_schedule(
+                len(inputs.q), shape.q_heads // shape.kv_heads, inputs.rows, inputs.qo_indptr, inputs.kv_lens,
+                shape.max_new,
+            )  # fmt: skip
 
         def call(layer: int) -> torch.Tensor:
             k, v = inputs.views[layer]
             prefill_attention(
                 inputs.q, k, v, out, inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
-                sm_scale=inputs.sm_scale, config=config,
+                sm_scale=inputs.sm_scale, config=config, schedule=schedule,
             )  # fmt: skip
             return out
 
@@ -156,7 +162,10 @@ BASELINES: dict[str, Make] = {
 
 def ours(bench: str) -> dict[str, Make]:
     if bench == "prefill":
-        return {name: prefill(config) for name, config in prefill_configs().items()}
+        plain = {name: prefill(config) for name, config in prefill_configs().items()}
+        hopper = {name: config for name, config in prefill_configs().items() if config is not None and config.hopper}
+        scheduled = {f"{name} scheduled": prefill(config, scheduled=True) for name, config in hopper.items()}
+        return {**plain, **scheduled}
     found = {name: decode(config) for name, config in decode_configs().items()}
     first = next(iter(decode_configs().values()))
     return {**found, "first, own schedule": decode(first, scheduled=False), "first, tma": decode(first, "tma")}

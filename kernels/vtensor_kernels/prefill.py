@@ -290,6 +290,7 @@ def prefill_attention(
     lse: torch.Tensor | None = None,
     loads: str = "auto",
     config: PrefillConfig | None = None,
+    schedule: torch.Tensor | None = None,
 ) -> None:
     """Attention of each request's new queries over its row. Writes ``out``, and ``lse`` where given.
 
@@ -315,6 +316,7 @@ def prefill_attention(
         lse: [num_tokens, q_heads] float32, receives the natural log of the denominator, sink included.
         loads: "tma", "pointer", or "auto" for whichever this device and layout allow.
         config: tile sizes, for measurements; the default is chosen by device and shape.
+        schedule: of ``prefill_schedule``, for calls that differ in q, k, v and out only; saves a launch a layer.
 
     Raises:
         ValueError: a layout, dtype or device that the kernel does not take; the message says what to change.
@@ -333,9 +335,10 @@ def prefill_attention(
     if config is None:
         config = choose_config(tile.capability(q.device), head_dim, v_head_dim, q.dtype, max_q_len * group)
     hopper = config.hopper and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
-    tiles = min(batch * triton.cdiv(max_q_len * group, config.block_m), num_tokens * group // config.block_m + batch)
-    splits = config.splits
+    tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
+    splits, min_split = config.splits, 256  # as asked for, if not absurd
     if splits is None:
+        min_split = MIN_SPLIT_TOKENS
         splits = max(min(MAX_SPLITS, tile.processors(q.device) // (tiles * kv_heads)), 1)
     target, target_lse = out, lse
     if splits > 1:
@@ -344,11 +347,15 @@ def prefill_attention(
 
     scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
     if hopper:
-        from vtensor_kernels.prefill_hopper import prefill_hopper  # Gluon, needed here only
+        from vtensor_kernels.prefill_hopper import make_schedule, prefill_hopper  # Gluon, needed here only
 
+        if schedule is None:
+            schedule = make_schedule(rows, qo_indptr, kv_lens, tiles, group, causal=causal)
+        elif schedule.shape[0] != tiles:
+            raise ValueError(f"the schedule has {schedule.shape[0]} tiles and these queries {tiles}: make one for them")
         prefill_hopper(
-            q, k, v, target, target_lse, rows, qo_indptr, kv_lens, tiles, splits,
-            scale=scale, causal=causal, v_scale=v_scale, min_split=MIN_SPLIT_TOKENS,
+            q, k, v, target, target_lse, schedule, splits,
+            scale=scale, causal=causal, v_scale=v_scale, min_split=min_split,
         )  # fmt: skip
     else:
         if use_tma and not tile.INTERPRETING:
@@ -371,7 +378,7 @@ def prefill_attention(
             BLOCK_B=tile.block_batch(batch),
             SORTED=batch <= 128,
             SPLIT=splits > 1,
-            MIN_SPLIT=MIN_SPLIT_TOKENS,
+            MIN_SPLIT=min_split,
             CAUSAL=causal,
             HAS_CAP=logit_cap > 0,
             HAS_WINDOW=sliding_window > 0,
@@ -398,6 +405,36 @@ def prefill_attention(
             HAS_LSE=lse is not None,
             num_warps=4,
         )  # fmt: skip
+
+
+def prefill_schedule(
+    num_tokens: int,
+    group: int,
+    rows: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_q_len: int,
+    *,
+    causal: bool = True,
+) -> torch.Tensor | None:
+    """The order of the tiles, made once for all layers of a pass; None where no kernel would use it.
+
+    Args:
+        num_tokens: first dimension of q.
+        group: query heads a kv head.
+        rows, qo_indptr, kv_lens, max_q_len, causal: as ``prefill_attention`` takes them.
+    """
+    if tile.capability(rows.device) != 90 or not tile.has_gluon():
+        return None
+    from vtensor_kernels.prefill_hopper import BLOCK_M, make_schedule  # Gluon, needed here only
+
+    tiles = _num_tiles(rows.shape[0], num_tokens, max_q_len, group, BLOCK_M)
+    return make_schedule(rows, qo_indptr, kv_lens, tiles, group, causal=causal) if tiles else None
+
+
+def _num_tiles(batch: int, num_tokens: int, max_q_len: int, group: int, block_m: int) -> int:
+    """At most so many tiles of ``block_m`` pairs a kv head."""
+    return min(batch * triton.cdiv(max_q_len * group, block_m), num_tokens * group // block_m + batch)
 
 
 def _fits_hopper(
