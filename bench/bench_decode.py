@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import torch
-from attention_bench import Call, Inputs, Shape, arguments, measure
-from bench_prefill import fa3_paged, fa3_view
-from vtensor_kernels import DecodeWorkspace, decode_attention
+from attention_bench import Call, Inputs, Shape, arguments, chat, equal, measure
+from bench_prefill import fa3_paged, fa3_view, flashinfer_pages
+from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode_attention
 
-SHAPES = [Shape(batch, length - 1, 1) for batch, length in ((1, 8192), (8, 4096), (64, 2048), (32, 8192), (128, 1024))]
+SHAPES = [equal(batch, length - 1, 1) for batch, length in ((1, 8192), (8, 4096), (64, 2048), (32, 8192), (128, 1024))]
 GRID = [
-    *(Shape(batch, length - 1, 1) for batch in (1, 8, 64) for length in (128, 1024, 16384) if batch * length < 600_000),
-    Shape(1, 131071, 1),
-    *(Shape(16, 4095, 1, q_heads, kv_heads) for q_heads, kv_heads in ((8, 8), (32, 4))),
-    *(Shape(16, 4095, 1, 32, 8, head_dim) for head_dim in (64, 256)),
+    # What servers ask for, by how much each says; --seconds cuts at the end.
+    equal(1, 131071, 1),
+    chat(32, decode=True),
+    chat(128, decode=True),
+    equal(1, 1023, 1),
+    equal(8, 16383, 1),
+    equal(256, 127, 1),
+    equal(1, 32767, 1),
+    equal(8, 1023, 1),
+    Shape((29999, *(511,) * 31), (1,) * 32, label="one30k+31x512"),
+    equal(64, 16383, 1),
+    equal(256, 4095, 1),
+    equal(1, 127, 1),
+    equal(64, 127, 1),
+    *(equal(16, 4095, 1, q_heads, kv_heads) for q_heads, kv_heads in ((32, 4), (8, 8), (8, 1))),
+    equal(1, 8191, 1, 8, 1),
+    equal(16, 4095, 1, 32, 8, 64),
+    equal(16, 4095, 1, 32, 8, 256),
 ]
 
 
 def vtensor_triton(inputs: Inputs, shape: Shape) -> Call:
-    return _vtensor(inputs, shape)
-
-
-def vtensor_pointer(inputs: Inputs, shape: Shape) -> Call:
-    return _vtensor(inputs, shape, loads="pointer")
-
-
-def _vtensor(inputs: Inputs, shape: Shape, *, waves: int | None = None, **options: object) -> Call:
+    """The schedule is made before, as a forward pass makes it once for all layers."""
     out = torch.empty_like(inputs.q)
-    extra = {} if waves is None else {"waves": waves}
-    workspace = DecodeWorkspace(shape.batch, shape.q_heads, shape.head_dim, "cuda", **extra)
+    workspace = DecodeWorkspace(shape.batch, shape.q_heads, shape.head_dim, "cuda", kv_heads=shape.kv_heads)
+    schedule = DecodeSchedule(workspace, inputs.views[0][0], shape.batch).update(inputs.rows, inputs.kv_lens)
 
     def call(layer: int) -> torch.Tensor:
         k, v = inputs.views[layer]
         decode_attention(
-            inputs.q, k, v, out, inputs.rows, inputs.kv_lens, workspace=workspace, sm_scale=inputs.sm_scale, **options
-        )
+            inputs.q, k, v, out, inputs.rows, inputs.kv_lens, workspace=workspace, sm_scale=inputs.sm_scale,
+            schedule=schedule,
+        )  # fmt: skip
         return out
 
     return call
@@ -53,24 +61,56 @@ def sglang_triton(inputs: Inputs, shape: Shape) -> Call:
     get_num_kv_splits_triton[(1,)](
         splits, inputs.kv_lens, shape.batch, 1, shape.q_heads, shape.kv_heads, most, cores, MAX_NUM_SEQ=256
     )
-    indptr = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * shape.length
-    indices = inputs.slots.reshape(-1).long().contiguous()
+    indices = torch.arange(len(inputs.pools[0][0]), device="cuda")
 
     def call(layer: int) -> torch.Tensor:
         decode_attention_fwd(
-            inputs.q, *inputs.pools[layer], out, indptr, indices, logits, lse, splits, most, inputs.sm_scale, 1.0, 1.0
+            inputs.q,
+            *inputs.pools[layer],
+            out,
+            inputs.kv_indptr,
+            indices,
+            logits,
+            lse,
+            splits,
+            most,
+            inputs.sm_scale,
+            1.0,
+            1.0,
         )
         return out
 
     return call
 
 
+def flashinfer_paged(inputs: Inputs, shape: Shape) -> Call:
+    """On the stock pools, page 1. It compiles its kernels at the first call, and plans on the host, untimed."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True
+    )
+    wrapper.plan(
+        inputs.kv_indptr, *flashinfer_pages(inputs), shape.q_heads, shape.kv_heads, shape.head_dim, 1,
+        sm_scale=inputs.sm_scale, q_data_type=inputs.q.dtype, kv_data_type=inputs.q.dtype,
+    )  # fmt: skip
+
+    def call(layer: int) -> torch.Tensor:
+        k, v = inputs.pools[layer]
+        return wrapper.run(inputs.q, (k.unsqueeze(1), v.unsqueeze(1)))
+
+    return call
+
+
 def sdpa_view(inputs: Inputs, shape: Shape) -> Call:
-    """torch's attention on all rows at once: right here only because all are equally long."""
+    """torch's attention on all rows at once."""
+    if len(set(shape.lengths)) > 1:
+        raise ValueError("all rows must be equally long")
+    length = shape.lengths[0]
     out = torch.empty_like(inputs.q)
 
     def call(layer: int) -> torch.Tensor:
-        k, v = inputs.views[layer]
+        k, v = (part[:, :length] for part in inputs.views[layer])
         result = torch.nn.functional.scaled_dot_product_attention(
             inputs.q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2), scale=inputs.sm_scale, enable_gqa=True
         )
@@ -81,11 +121,13 @@ def sdpa_view(inputs: Inputs, shape: Shape) -> Call:
 
 IMPLEMENTATIONS = {
     "vtensor-triton": vtensor_triton,
-    "vtensor-pointer": vtensor_pointer,
     "fa3-view": fa3_view,
-    "fa3-paged-p1": fa3_paged,
+    "fa3-paged-p1": fa3_paged(1),
+    "fa3-paged-p64": fa3_paged(64),
+    "fa3-paged-p128": fa3_paged(128),
     "sglang-triton-p1": sglang_triton,
     "torch-sdpa-view": sdpa_view,
+    "flashinfer-paged": flashinfer_paged,
 }
 
 if __name__ == "__main__":

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
-from attention_bench import Call, Inputs, Shape, arguments, measure
+from attention_bench import Call, Inputs, Make, Shape, arguments, chat, equal, measure
 from vtensor_kernels import prefill_attention
 from vtensor_kernels.prefill import choose_config
 
 SHAPES = [
-    Shape(1, 0, 8192),
-    Shape(8, 0, 2048),
-    Shape(8, 4096, 512),
-    Shape(32, 2048, 128),
-    Shape(4, 8192, 1024),
-    Shape(1, 32768, 512),
-    Shape(16, 3968, 64),
+    equal(1, 0, 8192),
+    equal(8, 0, 2048),
+    equal(8, 4096, 512),
+    equal(32, 2048, 128),
+    equal(4, 8192, 1024),
+    equal(1, 32768, 512),
+    equal(16, 3968, 64),
 ]
 GRID = [
-    *(Shape(batch, prefix, new) for batch in (1, 8) for prefix in (0, 4096, 32768) for new in (16, 256)),
-    *(Shape(4, 4096, 512, q_heads, kv_heads) for q_heads, kv_heads in ((32, 32), (32, 4))),
-    *(Shape(4, 4096, 512, 32, 8, head_dim) for head_dim in (64, 256)),
+    # What servers ask for, by how much each says; --seconds cuts at the end.
+    equal(1, 4096, 256),
+    equal(8, 4096, 16),
+    chat(8, decode=False),
+    chat(64, decode=False),
+    equal(1, 32768, 16),
+    equal(1, 32768, 256),
+    equal(1, 0, 256),
+    equal(1, 4096, 16),
+    equal(8, 32768, 256),
+    Shape((30000, *(512,) * 31), (256, *(64,) * 31), label="one30k+31x512"),
+    equal(1, 65536, 2048),
+    equal(64, 1024, 16),
+    equal(64, 1024, 128),
+    equal(8, 0, 256),
+    equal(1, 0, 2048),
+    equal(8, 32768, 16),
+    equal(8, 4000, 200),
+    *(equal(4, 4096, 512, q_heads, kv_heads) for q_heads, kv_heads in ((32, 32), (32, 4), (8, 1))),
+    *(equal(1, 4096, 256, q_heads, kv_heads) for q_heads, kv_heads in ((32, 32), (8, 2))),
+    equal(4, 4096, 512, 32, 8, 64),
+    equal(1, 4096, 256, 32, 8, 64),
+    equal(4, 4096, 512, 32, 8, 256),
 ]
 
 
@@ -30,12 +53,8 @@ def vtensor_triton(inputs: Inputs, shape: Shape) -> Call:
 def vtensor_loop(inputs: Inputs, shape: Shape) -> Call:
     """The portable Triton loop also where a Hopper kernel exists."""
     group = shape.q_heads // shape.kv_heads
-    config = choose_config(90, shape.head_dim, shape.head_dim, torch.bfloat16, shape.new * group)
-    return _vtensor(inputs, shape, config=config)
-
-
-def vtensor_pointer(inputs: Inputs, shape: Shape) -> Call:
-    return _vtensor(inputs, shape, loads="pointer")
+    config = choose_config(90, shape.head_dim, shape.head_dim, torch.bfloat16, shape.max_new * group)
+    return _vtensor(inputs, shape, config=dataclasses.replace(config, hopper=False))
 
 
 def _vtensor(inputs: Inputs, shape: Shape, **options: object) -> Call:
@@ -44,7 +63,7 @@ def _vtensor(inputs: Inputs, shape: Shape, **options: object) -> Call:
     def call(layer: int) -> torch.Tensor:
         k, v = inputs.views[layer]
         prefill_attention(
-            inputs.q, k, v, out, inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.new,
+            inputs.q, k, v, out, inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
             sm_scale=inputs.sm_scale, **options,
         )  # fmt: skip
         return out
@@ -52,50 +71,125 @@ def _vtensor(inputs: Inputs, shape: Shape, **options: object) -> Call:
     return call
 
 
-def fa3_view(inputs: Inputs, shape: Shape) -> Call:
-    """FlashAttention-3 as SGLang ships it, on the row views. It reads whole tiles: all of this memory is mapped."""
+def _fa3(shape: Shape) -> Callable[..., torch.Tensor]:
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
-    q = inputs.q.view(shape.batch, shape.new, shape.q_heads, shape.head_dim)
+    if shape.head_dim not in (64, 128):
+        # A build that lacks a width ends the process.
+        raise ValueError(f"head_dim {shape.head_dim} is not in every build of FlashAttention-3")
+    return flash_attn_with_kvcache
+
+
+def fa3_view(inputs: Inputs, shape: Shape) -> Call:
+    """FlashAttention-3 as SGLang ships it, one launch on the row views. It reads whole tiles: all of it is mapped."""
+    attend = _fa3(shape)
+    if shape.even:
+        q = inputs.q.view(shape.batch, shape.max_new, shape.q_heads, shape.head_dim)
+        ragged = {}
+    else:
+        q, ragged = inputs.q, {"cu_seqlens_q": inputs.qo_indptr, "max_seqlen_q": shape.max_new}
 
     def call(layer: int) -> torch.Tensor:
         k, v = inputs.views[layer]
-        out = flash_attn_with_kvcache(
+        out = attend(
             q, k, v, cache_seqlens=inputs.kv_lens, cache_batch_idx=inputs.rows, causal=True,
-            softmax_scale=inputs.sm_scale,
+            softmax_scale=inputs.sm_scale, **ragged,
         )  # fmt: skip
         return out.view_as(inputs.q)
 
     return call
 
 
-def fa3_paged(inputs: Inputs, shape: Shape) -> Call:
-    """SGLang's default on Hopper: a page table of one token a page over the pool."""
-    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+def fa3_view_each(inputs: Inputs, shape: Shape) -> Call:
+    """The same, one launch a request on its row cut to its length: reads nothing behind it, as the plugin does."""
+    attend = _fa3(shape)
+    if shape.batch > 8:
+        raise ValueError("the plugin launches for 8 requests at most")
+    starts = inputs.qo_indptr.tolist()
 
     def call(layer: int) -> torch.Tensor:
-        k, v = (pool.unsqueeze(1) for pool in inputs.pools[layer])
-        return flash_attn_with_kvcache(
-            inputs.q, k, v, cache_seqlens=inputs.kv_lens, page_table=inputs.slots, cu_seqlens_q=inputs.qo_indptr,
-            max_seqlen_q=shape.new, causal=True, softmax_scale=inputs.sm_scale,
-        )  # fmt: skip
+        k, v = inputs.views[layer]
+        out = torch.empty_like(inputs.q)
+        for b, length in enumerate(shape.lengths):
+            new = slice(starts[b], starts[b + 1])
+            out[new] = attend(
+                inputs.q[None, new], k[b : b + 1, :length], v[b : b + 1, :length],
+                cache_seqlens=inputs.kv_lens[b : b + 1], causal=True, softmax_scale=inputs.sm_scale,
+            )[0]  # fmt: skip
+        return out
 
     return call
+
+
+def fa3_paged(page_tokens: int) -> Make:
+    """As SGLang calls it. Page 1: its default on Hopper, on its own pools. Larger: over the homes, in random order.
+
+    Decode gets its schedule ready, as SGLang computes that once a forward pass.
+    """
+
+    def make(inputs: Inputs, shape: Shape) -> Call:
+        attend = _fa3(shape)
+        pools = inputs.pools if page_tokens == 1 else inputs.homes
+        table = inputs.slots if page_tokens == 1 else inputs.page_table(page_tokens)
+        schedule = None
+        if shape.max_new == 1:
+            from sgl_kernel.flash_attn import get_scheduler_metadata
+
+            schedule = get_scheduler_metadata(
+                batch_size=shape.batch, max_seqlen_q=1, max_seqlen_k=max(shape.lengths), num_heads=shape.q_heads,
+                num_heads_k=shape.kv_heads, headdim=shape.head_dim, cache_seqlens=inputs.kv_lens,
+                qkv_dtype=inputs.q.dtype, cu_seqlens_q=inputs.qo_indptr, page_size=page_tokens, causal=True,
+            )  # fmt: skip
+
+        def call(layer: int) -> torch.Tensor:
+            k, v = (pool.unflatten(0, (-1, page_tokens)) for pool in pools[layer])
+            return attend(
+                inputs.q, k, v, cache_seqlens=inputs.kv_lens, page_table=table, cu_seqlens_q=inputs.qo_indptr,
+                max_seqlen_q=shape.max_new, causal=True, softmax_scale=inputs.sm_scale, scheduler_metadata=schedule,
+            )  # fmt: skip
+
+        return call
+
+    return make
+
+
+def flashinfer_paged(inputs: Inputs, shape: Shape) -> Call:
+    """On the stock pools, page 1. It compiles its kernels at the first call, and plans on the host, untimed."""
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), "NHD")
+    wrapper.plan(
+        inputs.qo_indptr, inputs.kv_indptr, *flashinfer_pages(inputs), shape.q_heads, shape.kv_heads, shape.head_dim, 1,
+        causal=True, sm_scale=inputs.sm_scale, q_data_type=inputs.q.dtype, kv_data_type=inputs.q.dtype,
+    )  # fmt: skip
+
+    def call(layer: int) -> torch.Tensor:
+        k, v = inputs.pools[layer]
+        return wrapper.run(inputs.q, (k.unsqueeze(1), v.unsqueeze(1)))
+
+    return call
+
+
+def flashinfer_pages(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page indices, and the tokens in each request's last page, for pages of one token."""
+    return torch.arange(len(inputs.pools[0][0]), dtype=torch.int32, device="cuda"), torch.ones_like(inputs.kv_lens)
 
 
 def sglang_triton(inputs: Inputs, shape: Shape) -> Call:
     from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 
     out = torch.empty_like(inputs.q)
-    indices = inputs.slots[:, : shape.prefix].reshape(-1).long().contiguous()
-    indptr = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * shape.prefix
-    new = inputs.slots[:, shape.prefix :].reshape(-1).long()
-    extends = [(k[new], v[new]) for k, v in inputs.pools]
+    # The pool's tokens lie request after request: first the prefix, then what is new.
+    position = torch.cat([torch.arange(length, device="cuda") for length in shape.lengths])
+    is_new = position >= torch.repeat_interleave(inputs.prefixes, inputs.kv_lens)
+    indices = (~is_new).nonzero().view(-1)
+    indptr = torch.cat([inputs.prefixes.new_zeros(1), inputs.prefixes.cumsum(0)]).int()
+    extends = [(k[is_new], v[is_new]) for k, v in inputs.pools]
 
     def call(layer: int) -> torch.Tensor:
         extend_attention_fwd(
             inputs.q, *extends[layer], out, *inputs.pools[layer], inputs.qo_indptr, indptr, indices,
-            None, True, None, shape.new, 1.0, 1.0, sm_scale=inputs.sm_scale,
+            None, True, None, shape.max_new, 1.0, 1.0, sm_scale=inputs.sm_scale,
         )  # fmt: skip
         return out
 
@@ -106,16 +200,17 @@ def sdpa_view(inputs: Inputs, shape: Shape) -> Call:
     """torch's attention, one call a request, on the view cut to the request's length."""
     from torch.nn.attention.bias import causal_lower_right
 
-    mask = causal_lower_right(shape.new, shape.length)
     out = torch.empty_like(inputs.q)
+    starts = inputs.qo_indptr.tolist()
 
     def call(layer: int) -> torch.Tensor:
         k, v = inputs.views[layer]
-        for request in range(shape.batch):
-            new = slice(request * shape.new, (request + 1) * shape.new)
+        for b, length in enumerate(shape.lengths):
+            new = slice(starts[b], starts[b + 1])
             result = torch.nn.functional.scaled_dot_product_attention(
-                inputs.q[new].transpose(0, 1).unsqueeze(0), k[request].transpose(0, 1).unsqueeze(0),
-                v[request].transpose(0, 1).unsqueeze(0), attn_mask=mask, scale=inputs.sm_scale, enable_gqa=True,
+                inputs.q[new].transpose(0, 1).unsqueeze(0), k[b, :length].transpose(0, 1).unsqueeze(0),
+                v[b, :length].transpose(0, 1).unsqueeze(0), attn_mask=causal_lower_right(shape.news[b], length),
+                scale=inputs.sm_scale, enable_gqa=True,
             )  # fmt: skip
             out[new] = result[0].transpose(0, 1)
         return out
@@ -126,11 +221,14 @@ def sdpa_view(inputs: Inputs, shape: Shape) -> Call:
 IMPLEMENTATIONS = {
     "vtensor-triton": vtensor_triton,
     "vtensor-loop": vtensor_loop,
-    "vtensor-pointer": vtensor_pointer,
     "fa3-view": fa3_view,
-    "fa3-paged-p1": fa3_paged,
+    "fa3-view-each": fa3_view_each,
+    "fa3-paged-p1": fa3_paged(1),
+    "fa3-paged-p64": fa3_paged(64),
+    "fa3-paged-p128": fa3_paged(128),
     "sglang-triton-p1": sglang_triton,
     "torch-sdpa-view": sdpa_view,
+    "flashinfer-paged": flashinfer_paged,
 }
 
 if __name__ == "__main__":

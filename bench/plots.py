@@ -9,7 +9,10 @@ from pathlib import Path
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 70, 150, 40, 45
-COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d5fd3", "#c17817", "#444444")
+COLOURS = (
+    "#1b6ca8", "#d1495b", "#3a7d44", "#8d5fd3", "#c17817", "#444444", "#17a2b8", "#a0522d", "#e377c2", "#7f9c1f",
+    "#00539c", "#b0b0b0",
+)  # fmt: skip
 
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 """For each name its points (x, y)."""

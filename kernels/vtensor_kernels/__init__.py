@@ -4,8 +4,15 @@ Needs torch and triton only. ``prefill_attention`` and ``decode_attention`` are 
 ``reference_attention`` is plain torch and runs anywhere.
 """
 
-from vtensor_kernels.decode import DecodeWorkspace, decode_attention
-from vtensor_kernels.prefill import prefill_attention
+from vtensor_kernels.decode import DecodeSchedule, DecodeWorkspace, decode_attention
+from vtensor_kernels.prefill import prefill_attention, prefill_schedule
 from vtensor_kernels.reference import reference_attention
 
-__all__ = ["DecodeWorkspace", "decode_attention", "prefill_attention", "reference_attention"]
+__all__ = [
+    "DecodeSchedule",
+    "DecodeWorkspace",
+    "decode_attention",
+    "prefill_attention",
+    "prefill_schedule",
+    "reference_attention",
+]

@@ -1,4 +1,8 @@
-"""Decode: one query a request against its row, the keys split over programs by a schedule made on the device."""
+"""Decode: one query a request against its row, in one launch.
+
+The keys of all requests, in blocks, are cut into equal shares, one a program: a share may hold the end of one request
+and the beginning of another. Where a request is in several shares, the program that finishes last combines its parts.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,22 @@ from vtensor_kernels import tile
 
 MAX_HEADS_A_TILE = 64
 """Query heads of a group in one tile; larger groups take several, each reading K and V again."""
+_ENTRY = 4
+"""int32 an entry of a schedule: a share's first request, its row, its length, and its first block among all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """Tile sizes of one launch, and the fewest tokens that are worth a program of their own."""
+    """Tile sizes of one launch, its programs a processor, and the fewest tokens that are worth a program."""
 
     block_n: int
     num_warps: int
     num_stages: int
-    min_split: int
+    min_tokens: int
+    programs: int = 2
+    """Programs a processor; what does not fit at once waits."""
+    tail: bool = False
+    """Whether the last block has a loop of its own, so that the others need no mask."""
 
 
 class DecodeWorkspace:
@@ -32,22 +42,26 @@ class DecodeWorkspace:
         q_heads: query heads of this rank.
         v_head_dim: width of a value.
         device: where the calls run.
-        waves: programs to aim for, in multiples of the device's processors. More balance mixed lengths better and
-            write more partial results.
+        kv_heads: fewest kv heads of a call; fewer heads are cut into more shares.
     """
 
+    MAX_PROGRAMS = 8
+    """Most programs a processor, of any configuration."""
+
     def __init__(
-        self, max_batch: int, q_heads: int, v_head_dim: int, device: torch.device | str, *, waves: int = 6
+        self, max_batch: int, q_heads: int, v_head_dim: int, device: torch.device | str, *, kv_heads: int = 1
     ) -> None:
         self.max_batch = max_batch
         self.q_heads = q_heads
         self.v_head_dim = v_head_dim
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        self.programs = waves * tile.processors(self.device)
-        # A call with h kv heads has at most max_batch + ceil(programs / h) splits of q_heads partials each.
-        slots = (max_batch + self.programs) * q_heads
+        self.max_shares = triton.cdiv(self.MAX_PROGRAMS * tile.processors(self.device), kv_heads)
+        # A share has at most one request that began before it and one that goes on behind it.
+        slots = 2 * self.max_shares * q_heads
         self.partial = torch.empty(slots, v_head_dim, dtype=torch.float32, device=self.device)
         self.lse = torch.empty(slots, dtype=torch.float32, device=self.device)
+        # Parts that are done, for each request and kv head; whoever combines them sets 0 again.
+        self.arrivals = torch.zeros(max_batch * q_heads, dtype=torch.int32, device=self.device)
 
     def check(self, batch: int, q_heads: int, v_head_dim: int, device: torch.device) -> None:
         """Raise ValueError for a call that this workspace is too small for."""
@@ -60,37 +74,121 @@ class DecodeWorkspace:
             raise ValueError(f"workspace is on {self.device} and q on {device}: make a DecodeWorkspace there")
 
 
-@triton.jit
-def _splits(
-    kv_lens, batch, target_splits, window, MIN_SPLIT: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr
-):  # fmt: skip
-    """Splits of every request, [BLOCK_B]: at least one, and at most batch + target_splits in all.
+class DecodeSchedule:
+    """Who computes what, for all layers of a forward pass whose K and V are shaped alike.
 
-    One share of tokens for the whole batch, so that a long row is cut and a short one is not.
+    ``update`` is one small launch, which a CUDA graph may hold: it depends on shapes only.
+
+    Args:
+        workspace: of the calls that it is for.
+        k: keys of one layer, as ``decode_attention`` takes them.
+        batch: requests of these calls.
+        sliding_window: of these calls.
+        config: for measurements; the default is chosen by device and shape.
+
+    Raises:
+        ValueError: the workspace has too few shares; the message says what to change.
     """
+
+    def __init__(
+        self,
+        workspace: DecodeWorkspace,
+        k: torch.Tensor,
+        batch: int,
+        *,
+        sliding_window: int = -1,
+        config: DecodeConfig | None = None,
+    ) -> None:
+        kv_heads, head_dim = k.shape[2:]
+        width = max(head_dim, workspace.v_head_dim)
+        self.config = config or choose_config(tile.capability(k.device), width, k.dtype)
+        self.batch = batch
+        self.sliding_window = sliding_window
+        group = workspace.q_heads // kv_heads
+        self.block_h = min(max(16, triton.next_power_of_2(group)), MAX_HEADS_A_TILE)
+        self.tiles = kv_heads * triton.cdiv(group, self.block_h)
+        self.shares = max(self.config.programs * tile.processors(k.device) // self.tiles, 1)
+        if self.shares > workspace.max_shares:
+            raise ValueError(
+                f"{kv_heads} kv heads need {self.shares} shares and the workspace has {workspace.max_shares}: make it "
+                f"with kv_heads={kv_heads}"
+            )
+        self.table = torch.empty(1 + self.shares * _ENTRY, dtype=torch.int32, device=k.device)
+
+    def update(self, rows: torch.Tensor, kv_lens: torch.Tensor) -> DecodeSchedule:
+        """Cut anew, for these rows and lengths, as ``decode_attention`` takes them. Returns itself."""
+        _schedule_kernel[(self.shares,)](
+            self.table, rows, kv_lens, self.batch, self.sliding_window,
+            BLOCK_N=self.config.block_n,
+            MIN_BLOCKS=triton.cdiv(self.config.min_tokens, self.config.block_n),
+            BLOCK_B=tile.block_batch(self.batch),
+            HAS_WINDOW=self.sliding_window > 0,
+            ENTRY=_ENTRY,
+            num_warps=4,
+        )  # fmt: skip
+        return self
+
+
+@triton.jit
+def _first_block(kv_len, window, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """The block of the first key that the query sees."""
+    if HAS_WINDOW:
+        return tl.maximum(kv_len - 1 - window, 0) // BLOCK_N
+    else:
+        return kv_len * 0
+
+
+@triton.jit
+def _num_blocks(kv_len, window, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Blocks of a request: one at least, as somebody has to write its output."""
+    return tl.maximum(tl.cdiv(kv_len, BLOCK_N) - _first_block(kv_len, window, BLOCK_N, HAS_WINDOW), 1)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _schedule_kernel(
+    table_ptr,  # blocks a share, then an entry for each share
+    rows_ptr,
+    kv_lens,
+    batch,
+    window,
+    BLOCK_N: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    ENTRY: tl.constexpr,
+):
+    """Write one share's entry. Behind the last share that has work, the first request is ``batch``."""
     request = tl.arange(0, BLOCK_B)
     inside = request < batch
-    length = tl.load(kv_lens + request, mask=inside, other=0)
-    if WINDOW:
-        length = tl.minimum(length, window + 1)
-    share = tl.maximum(tl.cdiv(tl.sum(length.to(tl.int64), axis=0), target_splits), MIN_SPLIT)
-    return tl.where(inside, tl.maximum(tl.cdiv(length, share), 1), 0).to(tl.int32)
+    kv_len = tl.load(kv_lens + request, mask=inside, other=0)
+    blocks = tl.where(inside, _num_blocks(kv_len, window, BLOCK_N, HAS_WINDOW), 0)
+    ends = tl.cumsum(blocks, 0)
+    share = tl.maximum(tl.cdiv(tl.sum(blocks, 0), tl.num_programs(0)), MIN_BLOCKS)
+    index = tl.program_id(0)
+    if index == 0:
+        tl.store(table_ptr, share)
+    first = tl.sum(tl.where(inside & (ends <= index * share), 1, 0), 0)
+    entry = table_ptr + 1 + index * ENTRY
+    tl.store(entry, first)
+    tl.store(entry + 1, tl.load(rows_ptr + first, mask=first < batch, other=0).to(tl.int32))
+    tl.store(entry + 2, tl.load(kv_lens + first, mask=first < batch, other=0))
+    tl.store(entry + 3, tl.sum(tl.where(request == first, ends - blocks, 0), 0))
 
 
-@triton.jit(do_not_specialize=["batch", "target_splits"])
+@triton.jit(do_not_specialize=["batch"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
-    partial_ptr,  # [splits, q_heads, V_DIM]
-    partial_lse_ptr,  # [splits, q_heads], base 2
+    partial_ptr,  # [shares, 2, q_heads, V_DIM]: of the request that began before, and of the one that goes on
+    lse_ptr,  # [shares, 2, q_heads], base 2
+    arrivals_ptr,  # [batch, tiles]
     sinks_ptr,
+    table_ptr,
     rows_ptr,
     kv_lens,
     batch,
-    target_splits,
-    q_heads,
     scale,
     cap,
     window,
@@ -105,6 +203,7 @@ def _decode_kernel(
     stride_v_head,
     stride_out_token,
     stride_out_head,
+    Q_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -112,163 +211,158 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # parts that are combined at a time
+    HEADS_P2: tl.constexpr,  # heads in a tile, as a power of 2
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     USE_TMA: tl.constexpr,
+    TAIL: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    ENTRY: tl.constexpr,
 ):
-    """softmax(q k^T * sm_scale) v over one split of one request's keys, for the query heads of one kv head."""
+    """softmax(q k^T * sm_scale) v over one share of the keys, for the query heads of one tile of a kv head."""
     head_tiles: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
-    kv_head = tl.program_id(0) // head_tiles
-    in_group = tl.program_id(0) % head_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
-    head = kv_head * GROUP + in_group
-    is_head = in_group < GROUP
-
-    slot = tl.program_id(1)
-    splits = _splits(kv_lens, batch, target_splits, window, MIN_SPLIT, BLOCK_B, HAS_WINDOW)
-    first_slot = tl.cumsum(splits, 0) - splits
-    mine = (slot >= first_slot) & (slot < first_slot + splits)
-    request = tl.max(tl.where(mine, tl.arange(0, BLOCK_B), -1), axis=0)
-    if request < 0:
-        return
-    split = slot - tl.sum(tl.where(mine, first_slot, 0), axis=0)
-    num_splits = tl.sum(tl.where(mine, splits, 0), axis=0)
-
-    kv_len = tl.load(kv_lens + request)
-    row = tl.load(rows_ptr + request).to(tl.int64)
-    position = tl.zeros([BLOCK_H], dtype=tl.int32) + (kv_len - 1)
-    lo = 0
-    left = 0
-    if HAS_WINDOW:
-        left = tl.maximum(kv_len - 1 - window, 0)
-        lo = left // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(kv_len - lo, BLOCK_N), num_splits) * BLOCK_N
-    lo = tl.minimum(lo + split * share, kv_len)
-    hi = tl.minimum(lo + share, kv_len)
-
+    tile_index = tl.program_id(0)
+    kv_head = tile_index // head_tiles
+    first_head = kv_head * GROUP + tile_index % head_tiles * BLOCK_H
+    heads_here = tl.minimum(GROUP - tile_index % head_tiles * BLOCK_H, BLOCK_H)
+    in_tile = tl.arange(0, BLOCK_H)
+    head = first_head + in_tile
+    is_head = in_tile < heads_here
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
-    q = tl.load(
-        q_ptr + request.to(tl.int64) * stride_q_token + (head * stride_q_head)[:, None] + dim[None, :],
-        mask=is_head[:, None] & (dim < DIM)[None, :],
-        other=0.0,
-    ).to(DOT_DTYPE)
-    k_base = k_ptr + row * stride_k_row + kv_head.to(tl.int64) * stride_k_head
-    v_base = v_ptr + row * stride_v_row + kv_head.to(tl.int64) * stride_v_head
-    k_row = tile.open_row(k_base, stride_k_token, kv_len, DIM, BLOCK_N, BLOCK_D, USE_TMA)
-    v_row = tile.open_row(v_base, stride_v_token, kv_len, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA)
+    is_value = is_head[:, None] & (dim_v < V_DIM)[None, :]
 
-    acc = tl.zeros([BLOCK_H, BLOCK_DV], dtype=tl.float32)
-    row_max = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
-    if HAS_WINDOW:
-        whole = tl.cdiv(left, BLOCK_N) * BLOCK_N
+    index = tl.program_id(1)
+    share = tl.load(table_ptr)
+    entry = table_ptr + 1 + index * ENTRY
+    request = tl.load(entry)
+    row = tl.load(entry + 1)
+    kv_len = tl.load(entry + 2)
+    begin = tl.load(entry + 3)  # the request's first block among all
+    block = index * share
+    share_end = block + share
+    while (block < share_end) & (request < batch):
+        # What comes next is read while this is computed.
+        has_next = request + 1 < batch
+        next_row = tl.load(rows_ptr + request + 1, mask=has_next, other=0).to(tl.int32)
+        next_len = tl.load(kv_lens + request + 1, mask=has_next, other=0)
+
+        end = begin + _num_blocks(kv_len, window, BLOCK_N, HAS_WINDOW)
+        stop = tl.minimum(end, share_end)
+        skipped = _first_block(kv_len, window, BLOCK_N, HAS_WINDOW) - begin
+        lo = (block + skipped) * BLOCK_N
+        hi = tl.minimum((stop + skipped) * BLOCK_N, kv_len)
+        q = tl.load(
+            q_ptr + request.to(tl.int64) * stride_q_token + (head * stride_q_head)[:, None] + dim[None, :],
+            mask=is_head[:, None] & (dim < DIM)[None, :],
+            other=0.0,
+        ).to(DOT_DTYPE)
+        k_base = k_ptr + row.to(tl.int64) * stride_k_row + kv_head.to(tl.int64) * stride_k_head
+        v_base = v_ptr + row.to(tl.int64) * stride_v_row + kv_head.to(tl.int64) * stride_v_head
+        k_row = tile.open_row(k_base, stride_k_token, kv_len, DIM, BLOCK_N, BLOCK_D, USE_TMA)
+        v_row = tile.open_row(v_base, stride_v_token, kv_len, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA)
+        position = tl.zeros([BLOCK_H], dtype=tl.int32) + (kv_len - 1)
+        acc = tl.zeros([BLOCK_H, BLOCK_DV], dtype=tl.float32)
+        row_max = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
+        row_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
+        if TAIL:
+            whole = tl.minimum(kv_len // BLOCK_N * BLOCK_N, hi)
+            if HAS_WINDOW:
+                whole = lo
+            acc, row_max, row_sum = tile.attend(
+                acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
+                lo, whole, kv_len, position, scale, cap, window,
+                DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_CAP, HAS_WINDOW, USE_TMA, False, DOT_DTYPE,
+            )  # fmt: skip
+            lo = tl.maximum(lo, whole)
         acc, row_max, row_sum = tile.attend(
             acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
-            lo, tl.minimum(whole, hi), kv_len, position, scale, cap, window,
+            lo, hi, kv_len, position, scale, cap, window,
             DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE,
         )  # fmt: skip
-        lo = tl.maximum(lo, whole)
-    whole = tl.minimum(kv_len // BLOCK_N * BLOCK_N, hi)
-    acc, row_max, row_sum = tile.attend(
-        acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
-        lo, whole, kv_len, position, scale, cap, window,
-        DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_CAP, HAS_WINDOW, USE_TMA, False, DOT_DTYPE,
-    )  # fmt: skip
-    acc, row_max, row_sum = tile.attend(
-        acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
-        tl.maximum(lo, whole), hi, kv_len, position, scale, cap, window,
-        DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE,
-    )  # fmt: skip
 
-    if HAS_SINKS:
-        # A sink counts once: here, or where the splits are combined.
-        sink = tl.load(sinks_ptr + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
-        sink = tl.where(num_splits == 1, sink, float("-inf"))
-        with_sink = tl.maximum(row_max, sink)
-        rescale = tl.where(row_max == float("-inf"), 0.0, tl.exp2(row_max - with_sink))
-        row_sum = row_sum * rescale + tl.where(sink == float("-inf"), 0.0, tl.exp2(sink - with_sink))
-        acc *= rescale[:, None]
-        row_max = with_sink
-    empty = row_sum == 0.0
-    acc *= (v_scale / tl.where(empty, 1.0, row_sum))[:, None]
-    is_value = is_head[:, None] & (dim_v < V_DIM)[None, :]
-    if num_splits == 1:
         out_base = out_ptr + request.to(tl.int64) * stride_out_token
-        tl.store(
-            out_base + (head * stride_out_head)[:, None] + dim_v[None, :],
-            acc.to(out_ptr.dtype.element_ty),
-            mask=is_value,
-        )
-    else:
-        partial = slot.to(tl.int64) * q_heads + head
-        log_sum = row_max + tl.log2(tl.where(empty, 1.0, row_sum))
-        tl.store(partial_lse_ptr + partial, tl.where(empty, float("-inf"), log_sum), mask=is_head)
-        tl.store(partial_ptr + partial[:, None] * V_DIM + dim_v[None, :], acc, mask=is_value)
+        if (block == begin) & (stop == end):  # all of the request
+            if HAS_SINKS:
+                sink = tl.load(sinks_ptr + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+                with_sink = tl.maximum(row_max, sink)
+                rescale = tl.exp2(row_max - with_sink)
+                row_sum = row_sum * rescale + tl.exp2(sink - with_sink)
+                acc *= rescale[:, None]
+            acc *= (v_scale / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
+            tl.store(
+                out_base + (head * stride_out_head)[:, None] + dim_v[None, :],
+                acc.to(out_ptr.dtype.element_ty),
+                mask=is_value,
+            )
+        else:
+            slot = 2 * index + tl.where(block == begin, 1, 0)
+            part = slot * Q_HEADS + head
+            tl.store(lse_ptr + part, row_max + tl.log2(row_sum), mask=is_head)
+            acc *= (v_scale / row_sum)[:, None]
+            tl.store(partial_ptr + (part * V_DIM)[:, None] + dim_v[None, :], acc, mask=is_value)
+            # All threads' parts are stored before one thread counts them, and read after it has.
+            tl.debug_barrier()
+            first = begin // share
+            parts = (end - 1) // share - first + 1
+            arrivals = arrivals_ptr + request * tl.num_programs(0) + tile_index
+            if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == parts - 1:
+                _combine(
+                    out_base, partial_ptr, lse_ptr, sinks_ptr, first, parts, first_head, heads_here, stride_out_head,
+                    Q_HEADS, V_DIM, BLOCK_DV, BLOCK_S, HEADS_P2, HAS_SINKS,
+                )  # fmt: skip
+                tl.store(arrivals, 0)
+        block = stop
+        begin = end
+        request += 1
+        row = next_row
+        kv_len = next_len
 
 
-@triton.jit(do_not_specialize=["batch", "target_splits"])
-def _combine_kernel(
-    out_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    sinks_ptr,
-    kv_lens,
-    batch,
-    target_splits,
-    q_heads,
-    window,
-    stride_out_token,
-    stride_out_head,
-    V_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+@triton.jit
+def _combine(
+    out_base, partial_ptr, lse_ptr, sinks_ptr, first, parts, first_head, heads_here, stride_out_head,
+    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, HEADS_P2: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-):
-    """out = sum_s 2^(lse_s - lse) partial_s for one request and head; nothing to do for a request of one split."""
-    request = tl.program_id(0)
-    head = tl.program_id(1)
-    splits = _splits(kv_lens, batch, target_splits, window, MIN_SPLIT, BLOCK_B, HAS_WINDOW)
-    index = tl.arange(0, BLOCK_B)
-    num_splits = tl.sum(tl.where(index == request, splits, 0), axis=0)
-    if num_splits <= 1:
-        return
-    first_slot = tl.sum(tl.where(index < request, splits, 0), axis=0)
-
+):  # fmt: skip
+    """out = sum_s 2^(lse_s - lse) partial_s for one request and tile; parts are in shares from ``first`` on."""
+    in_tile = tl.arange(0, HEADS_P2)
+    is_head = in_tile < heads_here
+    head = first_head + in_tile
     dim = tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([BLOCK_DV], dtype=tl.float32)
-    total = 0.0
-    biggest = float("-inf")
-    if HAS_SINKS:
-        biggest = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        total = 1.0
-    for start in range(0, num_splits, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        inside = split < num_splits
-        partial = (first_slot + split).to(tl.int64) * q_heads + head
-        lse = tl.load(partial_lse_ptr + partial, mask=inside, other=float("-inf"))
-        # The first split of a request holds keys, so the maximum is finite from the first step on.
-        new_biggest = tl.maximum(biggest, tl.max(lse, axis=0))
-        weight = tl.exp2(lse - new_biggest)
-        rescale = tl.exp2(biggest - new_biggest)
+    acc = tl.zeros([HEADS_P2, BLOCK_DV], dtype=tl.float32)
+    biggest = tl.full([HEADS_P2], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([HEADS_P2], dtype=tl.float32)
+    if HAS_SINKS:  # a sink counts once
+        biggest = tl.load(sinks_ptr + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+        total += 1.0
+    for start in range(0, parts, BLOCK_S):
+        number = start + tl.arange(0, BLOCK_S)
+        slot = 2 * (first + number) + tl.where(number == 0, 1, 0)  # the first part goes on behind its share
+        part = slot[:, None] * Q_HEADS + head[None, :]
+        inside = (number < parts)[:, None] & is_head[None, :]
+        # From L2: another processor wrote them.
+        lse = tl.load(lse_ptr + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
         values = tl.load(
-            partial_ptr + partial[:, None] * V_DIM + dim[None, :],
-            mask=inside[:, None] & (dim < V_DIM)[None, :],
+            partial_ptr + (part * V_DIM)[:, :, None] + dim[None, None, :],
+            mask=inside[:, :, None] & (dim < V_DIM)[None, None, :],
             other=0.0,
+            cache_modifier=".cg",
         )
-        acc = acc * rescale + tl.sum(values * weight[:, None], axis=0)
-        total = total * rescale + tl.sum(weight, axis=0)
+        # Every part holds a key that is seen, so that the maximum is finite for each head.
+        new_biggest = tl.where(is_head, tl.maximum(biggest, tl.max(lse, 0)), 0.0)
+        weight = tl.exp2(lse - new_biggest[None, :])
+        rescale = tl.exp2(biggest - new_biggest)
+        acc = acc * rescale[:, None] + tl.sum(values * weight[:, :, None], 0)
+        total = total * rescale + tl.sum(weight, 0)
         biggest = new_biggest
+    acc = acc / tl.where(is_head, total, 1.0)[:, None]
     tl.store(
-        out_ptr + request.to(tl.int64) * stride_out_token + head * stride_out_head + dim,
-        (acc / total).to(out_ptr.dtype.element_ty),
-        mask=dim < V_DIM,
+        out_base + (head * stride_out_head)[:, None] + dim[None, :],
+        acc.to(out_base.dtype.element_ty),
+        mask=is_head[:, None] & (dim < V_DIM)[None, :],
     )
 
 
@@ -289,12 +383,12 @@ def decode_attention(
     sinks: torch.Tensor | None = None,
     loads: str = "auto",
     config: DecodeConfig | None = None,
+    schedule: DecodeSchedule | None = None,
 ) -> None:
     """Attention of one query a request, at position ``kv_lens[b] - 1``, over its row. Writes ``out``.
 
     Nothing behind ``kv_lens[b]`` is read: it may be unmapped, or hold NaN. Safe to capture in a CUDA graph: the
-    launches depend on shapes only, lengths and row numbers are read on the device, and nothing is allocated except
-    Triton's scratch for descriptors when ``loads`` is "tma".
+    launches depend on shapes only, and lengths and row numbers are read on the device.
 
     Args:
         q: [batch, q_heads, head_dim], bfloat16, float16 or float32.
@@ -306,9 +400,11 @@ def decode_attention(
         kv_lens: [batch] int32, tokens in the row, the new one included; 0 gives an output of zeros.
         workspace: memory for partial results; calls that share one must be ordered by a stream.
         sm_scale, logit_cap, sliding_window, k_scale, v_scale, sinks, loads, config: as in ``prefill_attention``.
+        schedule: updated with these ``rows`` and ``kv_lens``; saves a launch a layer. Without it one is made.
 
     Raises:
-        ValueError: a layout, dtype, device or workspace that the kernel does not take; the message says what to change.
+        ValueError: a layout, dtype, device, workspace or schedule that the kernel does not take; the message says what
+            to change.
     """
     tile.check_layout(q, k, v, out, sinks, sm_scale)
     batch, q_heads, head_dim = q.shape
@@ -319,65 +415,58 @@ def decode_attention(
     if batch == 0:
         return
 
-    group = q_heads // kv_heads
     # Decode waits for memory either way: plain loads were as fast on an H100, and need no scratch.
     use_tma = loads != "auto" and tile.use_descriptors(loads, k, v)
-    if config is None:
-        config = choose_config(tile.capability(q.device), head_dim, v_head_dim, k.dtype)
-    block_h = min(max(16, triton.next_power_of_2(group)), MAX_HEADS_A_TILE)
-    head_tiles = triton.cdiv(group, block_h)
-    target_splits = triton.cdiv(workspace.programs, kv_heads * head_tiles)
-    block_b = tile.block_batch(batch)
-
+    if schedule is None:
+        schedule = DecodeSchedule(workspace, k, batch, sliding_window=sliding_window, config=config)
+        schedule.update(rows, kv_lens)
+    elif schedule.batch != batch or schedule.sliding_window != sliding_window:
+        raise ValueError(
+            f"the schedule is for {schedule.batch} requests and a sliding window of {schedule.sliding_window}, not "
+            f"{batch} and {sliding_window}: make a DecodeSchedule for these"
+        )
+    config = schedule.config
+    group = q_heads // kv_heads
+    heads_p2 = min(triton.next_power_of_2(group), schedule.block_h)
     scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
     if use_tma and not tile.INTERPRETING:
         triton.set_allocator(tile.allocate_scratch)
-    _decode_kernel[(kv_heads * head_tiles, batch + target_splits)](
-        q, k, v, out, workspace.partial, workspace.lse, sinks, rows, kv_lens,
-        batch, target_splits, q_heads, scale, cap, sliding_window, v_scale,
+    _decode_kernel[(schedule.tiles, schedule.shares)](
+        q, k, v, out, workspace.partial, workspace.lse, workspace.arrivals, sinks, schedule.table, rows, kv_lens,
+        batch, scale, cap, sliding_window, v_scale,
         *q.stride()[:2],
         *k.stride()[:3],
         *v.stride()[:3],
         *out.stride()[:2],
+        Q_HEADS=q_heads,
         GROUP=group,
         DIM=head_dim,
         V_DIM=v_head_dim,
-        BLOCK_H=block_h,
+        BLOCK_H=schedule.block_h,
         BLOCK_N=config.block_n,
         BLOCK_D=tile.block_dim(head_dim),
         BLOCK_DV=tile.block_dim(v_head_dim),
-        BLOCK_B=block_b,
-        MIN_SPLIT=config.min_split,
+        BLOCK_S=max(8192 // (heads_p2 * tile.block_dim(v_head_dim)), 1),
+        HEADS_P2=heads_p2,
         HAS_CAP=logit_cap > 0,
         HAS_WINDOW=sliding_window > 0,
         HAS_SINKS=sinks is not None,
         USE_TMA=use_tma,
+        TAIL=config.tail,
         DOT_DTYPE=tile.dot_dtype(q.dtype),
+        ENTRY=_ENTRY,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
-    _combine_kernel[(batch, q_heads)](
-        out, workspace.partial, workspace.lse, sinks, kv_lens,
-        batch, target_splits, q_heads, sliding_window,
-        *out.stride()[:2],
-        V_DIM=v_head_dim,
-        BLOCK_DV=tile.block_dim(v_head_dim),
-        BLOCK_B=block_b,
-        BLOCK_S=16,
-        MIN_SPLIT=config.min_split,
-        HAS_WINDOW=sliding_window > 0,
-        HAS_SINKS=sinks is not None,
-        num_warps=4,
-    )  # fmt: skip
 
 
-def choose_config(capability: int, head_dim: int, v_head_dim: int, dtype: torch.dtype) -> DecodeConfig:
-    """Tile sizes for a device (90 = sm_90, 0 = interpreter) and a shape; see ``bench/bench_decode.py`` for why."""
+def choose_config(capability: int, width: int, dtype: torch.dtype) -> DecodeConfig:
+    """Tile sizes for a device (90 = sm_90, 0 = interpreter) and the widest head; see ``bench/bench_decode.py``."""
     if capability == 0:
-        return DecodeConfig(block_n=32, num_warps=4, num_stages=1, min_split=128)
-    width = tile.block_dim(max(head_dim, v_head_dim))
+        return DecodeConfig(block_n=32, num_warps=4, num_stages=1, min_tokens=64)
+    width = tile.block_dim(width)
     if dtype == torch.float32:
-        return DecodeConfig(block_n=32, num_warps=4, num_stages=1 if width > 128 else 2, min_split=256)
+        return DecodeConfig(block_n=32, num_warps=4, num_stages=1 if width > 128 else 2, min_tokens=256)
     if width > 128:
-        return DecodeConfig(block_n=32, num_warps=4, num_stages=2 if capability < 90 else 3, min_split=256)
-    return DecodeConfig(block_n=64, num_warps=4, num_stages=2 if capability < 90 else 3, min_split=512)
+        return DecodeConfig(block_n=32, num_warps=4, num_stages=2 if capability < 90 else 3, min_tokens=256)
+    return DecodeConfig(block_n=64, num_warps=4, num_stages=2 if capability < 90 else 3, min_tokens=256)

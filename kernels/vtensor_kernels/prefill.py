@@ -23,6 +23,10 @@ class PrefillConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    hopper: bool = False
+    """Whether the kernel of ``prefill_hopper`` serves, where it can; its tile sizes are its own."""
+    splits: int | None = None
+    """Programs that share a tile's keys; None: as many as fill the device."""
 
 
 @triton.jit(do_not_specialize=["batch", "num_tokens"])
@@ -210,53 +214,60 @@ def _combine_kernel(
     stride_out_head,
     stride_lse_token,
     stride_lse_head,
+    Q_HEADS: tl.constexpr,
     V_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """out = sum_s exp(lse_s - lse) partial_s for one token and head. A split without keys has lse_s = -inf."""
+    """out = sum_s exp(lse_s - lse) partial_s for one token and BLOCK_H heads. A split without keys has lse_s = -inf."""
     token = tl.program_id(0)
     if token >= tl.load(last_ptr):  # behind the last query: padding, whose partials nobody wrote
         return
     token = token.to(tl.int64)
-    head = tl.program_id(1)
-    split = tl.arange(0, BLOCK_S)
-    part = tl.load(
-        partial_lse_ptr + split * stride_plse_split + token * stride_plse_token + head * stride_plse_head,
-        mask=split < splits,
-        other=float("-inf"),
-    )
-    biggest = tl.max(part, axis=0)
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32)
-        biggest = tl.maximum(biggest, sink)
-    biggest = tl.where(biggest == float("-inf"), 0.0, biggest)
-    weight = tl.exp(part - biggest)
-    total = tl.sum(weight, axis=0)
-    if HAS_SINKS:
-        total += tl.exp(sink - biggest)
-
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_head = head < Q_HEADS
     dim = tl.arange(0, BLOCK_DV)
-    partial = tl.load(
-        partial_ptr
-        + split[:, None].to(tl.int64) * stride_partial_split
-        + token * stride_partial_token
-        + head * stride_partial_head
-        + dim[None, :],
-        mask=(part > float("-inf"))[:, None] & (dim < V_DIM)[None, :],
-        other=0.0,
-    )
-    acc = tl.sum(partial * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    is_value = is_head[:, None] & (dim < V_DIM)[None, :]
+    partial_ptr += token * stride_partial_token
+    partial_lse_ptr += token * stride_plse_token
+    acc = tl.zeros([BLOCK_H, BLOCK_DV], dtype=tl.float32)
+    total = tl.zeros([BLOCK_H], dtype=tl.float32)
+    biggest = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
+    if HAS_SINKS:
+        biggest = tl.load(sinks_ptr + head, mask=is_head, other=0.0).to(tl.float32)
+        total += 1.0
+    for split in tl.range(0, splits, num_stages=3):
+        part = tl.load(
+            partial_lse_ptr + split * stride_plse_split + head * stride_plse_head, mask=is_head, other=float("-inf")
+        )
+        values = tl.load(
+            partial_ptr
+            + tl.cast(split, tl.int64) * stride_partial_split
+            + (head * stride_partial_head)[:, None]
+            + dim[None, :],
+            mask=is_value,
+            other=0.0,
+        )
+        values = tl.where((part > float("-inf"))[:, None], values, 0.0)  # nobody wrote the others
+        new_biggest = tl.maximum(biggest, part)
+        shift = tl.where(new_biggest == float("-inf"), 0.0, new_biggest)
+        weight = tl.exp(part - shift)
+        rescale = tl.exp(biggest - shift)
+        acc = acc * rescale[:, None] + values * weight[:, None]
+        total = total * rescale + weight
+        biggest = new_biggest
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
     tl.store(
-        out_ptr + token * stride_out_token + head * stride_out_head + dim,
+        out_ptr + token * stride_out_token + (head * stride_out_head)[:, None] + dim[None, :],
         acc.to(out_ptr.dtype.element_ty),
-        mask=dim < V_DIM,
+        mask=is_value,
     )
     if HAS_LSE:
-        log_sum = tl.where(total == 0.0, float("-inf"), biggest + tl.log(tl.where(total == 0.0, 1.0, total)))
-        tl.store(lse_ptr + token * stride_lse_token + head * stride_lse_head, log_sum)
+        log_sum = tl.where(empty, float("-inf"), biggest + tl.log(tl.where(empty, 1.0, total)))
+        tl.store(lse_ptr + token * stride_lse_token + head * stride_lse_head, log_sum, mask=is_head)
 
 
 def prefill_attention(
@@ -279,6 +290,7 @@ def prefill_attention(
     lse: torch.Tensor | None = None,
     loads: str = "auto",
     config: PrefillConfig | None = None,
+    schedule: torch.Tensor | None = None,
 ) -> None:
     """Attention of each request's new queries over its row. Writes ``out``, and ``lse`` where given.
 
@@ -304,6 +316,7 @@ def prefill_attention(
         lse: [num_tokens, q_heads] float32, receives the natural log of the denominator, sink included.
         loads: "tma", "pointer", or "auto" for whichever this device and layout allow.
         config: tile sizes, for measurements; the default is chosen by device and shape.
+        schedule: of ``prefill_schedule``, for calls that differ in q, k, v and out only; saves a launch a layer.
 
     Raises:
         ValueError: a layout, dtype or device that the kernel does not take; the message says what to change.
@@ -319,28 +332,35 @@ def prefill_attention(
 
     group = q_heads // kv_heads
     use_tma = tile.use_descriptors(loads, k, v)
-    hopper = config is None and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
     if config is None:
         config = choose_config(tile.capability(q.device), head_dim, v_head_dim, q.dtype, max_q_len * group)
-    tiles = min(batch * triton.cdiv(max_q_len * group, config.block_m), num_tokens * group // config.block_m + batch)
-    splits = min(MAX_SPLITS, tile.processors(q.device) // (tiles * kv_heads))
+    hopper = config.hopper and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
+    tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
+    splits, min_split = config.splits, 256  # as asked for, if not absurd
+    if splits is None:
+        min_split = MIN_SPLIT_TOKENS
+        splits = max(min(MAX_SPLITS, tile.processors(q.device) // (tiles * kv_heads)), 1)
     target, target_lse = out, lse
     if splits > 1:
         target = torch.empty(splits, num_tokens, q_heads, v_head_dim, dtype=torch.float32, device=q.device)
         target_lse = torch.empty(splits, num_tokens, q_heads, dtype=torch.float32, device=q.device)
 
     scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
-    if hopper and config.block_m == 128:
-        from vtensor_kernels.prefill_hopper import prefill_hopper  # Gluon, needed here only
+    if hopper:
+        from vtensor_kernels.prefill_hopper import make_schedule, prefill_hopper  # Gluon, needed here only
 
+        if schedule is None:
+            schedule = make_schedule(rows, qo_indptr, kv_lens, tiles, group, causal=causal)
+        elif schedule.shape[0] != tiles:
+            raise ValueError(f"the schedule has {schedule.shape[0]} tiles and these queries {tiles}: make one for them")
         prefill_hopper(
-            q, k, v, target, target_lse, rows, qo_indptr, kv_lens, tiles, max(splits, 1),
-            scale=scale, causal=causal, v_scale=v_scale, min_split=MIN_SPLIT_TOKENS,
+            q, k, v, target, target_lse, schedule, splits,
+            scale=scale, causal=causal, v_scale=v_scale, min_split=min_split,
         )  # fmt: skip
     else:
         if use_tma and not tile.INTERPRETING:
             triton.set_allocator(tile.allocate_scratch)
-        _prefill_kernel[(kv_heads, tiles, max(splits, 1))](
+        _prefill_kernel[(kv_heads, tiles, splits)](
             q, k, v, target, target_lse, sinks, rows, qo_indptr, kv_lens,
             batch, num_tokens, scale, cap, sliding_window, v_scale,
             *q.stride()[:2],
@@ -358,7 +378,7 @@ def prefill_attention(
             BLOCK_B=tile.block_batch(batch),
             SORTED=batch <= 128,
             SPLIT=splits > 1,
-            MIN_SPLIT=MIN_SPLIT_TOKENS,
+            MIN_SPLIT=min_split,
             CAUSAL=causal,
             HAS_CAP=logit_cap > 0,
             HAS_WINDOW=sliding_window > 0,
@@ -370,19 +390,51 @@ def prefill_attention(
             num_stages=config.num_stages,
         )  # fmt: skip
     if splits > 1:
-        _combine_kernel[(num_tokens, q_heads)](
+        block_h = min(triton.next_power_of_2(q_heads), 8)
+        _combine_kernel[(num_tokens, triton.cdiv(q_heads, block_h))](
             target, target_lse, out, lse, sinks, qo_indptr[batch:], splits,
             *target.stride()[:3],
             *target_lse.stride(),
             *out.stride()[:2],
             *(lse.stride() if lse is not None else (0, 0)),
+            Q_HEADS=q_heads,
             V_DIM=v_head_dim,
+            BLOCK_H=block_h,
             BLOCK_DV=tile.block_dim(v_head_dim),
-            BLOCK_S=triton.next_power_of_2(splits),
             HAS_SINKS=sinks is not None,
             HAS_LSE=lse is not None,
             num_warps=4,
         )  # fmt: skip
+
+
+def prefill_schedule(
+    num_tokens: int,
+    group: int,
+    rows: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_q_len: int,
+    *,
+    causal: bool = True,
+) -> torch.Tensor | None:
+    """The order of the tiles, made once for all layers of a pass; None where no kernel would use it.
+
+    Args:
+        num_tokens: first dimension of q.
+        group: query heads a kv head.
+        rows, qo_indptr, kv_lens, max_q_len, causal: as ``prefill_attention`` takes them.
+    """
+    if tile.capability(rows.device) != 90 or not tile.has_gluon():
+        return None
+    from vtensor_kernels.prefill_hopper import BLOCK_M, make_schedule  # Gluon, needed here only
+
+    tiles = _num_tiles(rows.shape[0], num_tokens, max_q_len, group, BLOCK_M)
+    return make_schedule(rows, qo_indptr, kv_lens, tiles, group, causal=causal) if tiles else None
+
+
+def _num_tiles(batch: int, num_tokens: int, max_q_len: int, group: int, block_m: int) -> int:
+    """At most so many tiles of ``block_m`` pairs a kv head."""
+    return min(batch * triton.cdiv(max_q_len * group, block_m), num_tokens * group // block_m + batch)
 
 
 def _fits_hopper(
@@ -423,7 +475,10 @@ def choose_config(
     if capability >= 90:  # 228 KiB of shared memory, bulk copies
         if width > 128:
             return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=2)
-        return PrefillConfig(block_m=64 if few else 128, block_n=128, num_warps=4 if few else 8, num_stages=3)
+        return PrefillConfig(
+            block_m=64 if few else 128, block_n=128, num_warps=4 if few else 8, num_stages=3,
+            hopper=capability == 90 and not few,
+        )  # fmt: skip
     if width > 128:  # 100 KiB on sm_86 and sm_89
         return PrefillConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
     return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=2)

@@ -469,16 +469,27 @@ def _prefill_hopper_kernel(
     )  # fmt: skip
 
 
+def make_schedule(
+    rows: torch.Tensor, qo_indptr: torch.Tensor, kv_lens: torch.Tensor, tiles: int, group: int, *, causal: bool
+) -> torch.Tensor:
+    """Entries of at most ``tiles`` tiles of BLOCK_M pairs, longest first: the same for all layers of a pass."""
+    schedule = torch.empty(tiles, _ENTRY, dtype=torch.int32, device=rows.device)
+    batch = rows.shape[0]
+    _schedule_kernel[(tiles,)](
+        schedule, rows, qo_indptr, kv_lens, batch,
+        GROUP=group, BLOCK_M=BLOCK_M, BLOCK_B=tile.block_batch(batch), SORTED=batch <= 128, CAUSAL=causal,
+        ENTRY=_ENTRY, num_warps=4,
+    )  # fmt: skip
+    return schedule
+
+
 def prefill_hopper(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    rows: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    kv_lens: torch.Tensor,
-    tiles: int,
+    schedule: torch.Tensor,
     splits: int,
     *,
     scale: float,
@@ -486,21 +497,14 @@ def prefill_hopper(
     v_scale: float,
     min_split: int,
 ) -> None:
-    """Launch for checked arguments of ``prefill_attention``; ``tiles`` bounds the tiles of BLOCK_M pairs a kv head.
+    """Launch for checked arguments of ``prefill_attention`` and a schedule of ``make_schedule``.
 
     With ``splits`` > 1, ``out`` is the fp32 partials [splits, num_tokens, q_heads, dim] and ``lse`` theirs, contiguous.
     """
-    batch = rows.shape[0]
     kv_heads = k.shape[2]
     group = q.shape[1] // kv_heads
-    schedule = torch.empty(tiles, _ENTRY, dtype=torch.int32, device=q.device)
-    _schedule_kernel[(tiles,)](
-        schedule, rows, qo_indptr, kv_lens, batch,
-        GROUP=group, BLOCK_M=BLOCK_M, BLOCK_B=tile.block_batch(batch), SORTED=batch <= 128, CAUSAL=causal,
-        ENTRY=_ENTRY, num_warps=4,
-    )  # fmt: skip
     triton.set_allocator(tile.allocate_scratch)
-    num_work = tiles * kv_heads * splits
+    num_work = schedule.shape[0] * kv_heads * splits
     k_tokens, v_tokens = _tokens_in_all(k), _tokens_in_all(v)
     _prefill_hopper_kernel[(min(num_work, tile.processors(q.device)),)](
         q, k, v, out, lse, schedule, num_work, splits, q.shape[0], k_tokens, v_tokens, scale, v_scale,

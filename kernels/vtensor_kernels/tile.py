@@ -55,10 +55,13 @@ def load_tokens(
     if USE_TMA:
         return source.load([start, 0])
     else:
-        # 64-bit on purpose: a token stride of 64 Ki elements passes 2**31 at token 32 768.
-        token = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        # 64-bit on purpose: a token stride of 64 Ki elements passes 2**31 at token 32 768. The offsets in the block are
+        # the same in every turn of a loop.
+        in_block = tl.arange(0, BLOCK_N)
+        token = start + in_block
         dim = tl.arange(0, BLOCK_D)
-        pointers = source + token[:, None] * stride_token + dim[None, :]
+        offsets = (in_block.to(tl.int64) * stride_token)[:, None] + dim[None, :]
+        pointers = source + tl.cast(start, tl.int64) * stride_token + offsets
         if MASKED and BLOCK_D != DIM:
             return tl.load(pointers, mask=(token < length)[:, None] & (dim < DIM)[None, :], other=0.0)
         elif MASKED:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import Case, make_case
-from vtensor_kernels import DecodeWorkspace, decode, decode_attention
+from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode, decode_attention
 
 EDGES = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257]
 
 
-def run(case: Case, **arguments: object) -> torch.Tensor:
+def run(case: Case, workspace: DecodeWorkspace | None = None, **arguments: object) -> torch.Tensor:
     out = case.empty_out()
-    batch, q_heads, _ = case.q.shape
-    workspace = DecodeWorkspace(batch, q_heads, case.v.shape[3], case.q.device)
-    workspace.partial.fill_(float("nan"))
-    workspace.lse.fill_(float("nan"))
+    if workspace is None:
+        batch, q_heads, _ = case.q.shape
+        workspace = DecodeWorkspace(batch, q_heads, case.v.shape[3], case.q.device)
+        workspace.partial.fill_(float("nan"))
+        workspace.lse.fill_(float("nan"))
     decode_attention(
         case.q, case.k, case.v, out, case.rows, case.kv_lens, workspace=workspace, **case.options, **arguments
     )
@@ -89,19 +90,40 @@ def test_empty_rows_give_zeros(device: torch.device, loads: str, sinks: bool) ->
     case.assert_close(out)
 
 
-def test_splits_follow_the_lengths(device: torch.device) -> None:
-    """A long row among short ones is cut, the short ones are not, and the total stays within the launch's grid."""
-    case = decode_case(device, [3000, 10, 200], q_heads=1, kv_heads=1)
-    workspace = DecodeWorkspace(3, 1, 64, device)
-    workspace.lse.fill_(float("nan"))
-    out = case.empty_out()
-    decode_attention(case.q, case.k, case.v, out, case.rows, case.kv_lens, workspace=workspace, **case.options)
-    case.assert_close(out)
-    written = (~workspace.lse.isnan()).sum().item()
-    min_split = decode.choose_config(
-        0 if device.type == "cpu" else 90, 64, 64, torch.float16
-    ).min_split  # fmt: skip
-    assert 3000 // min_split <= written <= 3 + workspace.programs
+def test_shares_cross_requests(device: torch.device) -> None:
+    """Whatever the lengths, every request is computed once; the counters are 0 again, for the next call."""
+    config = decode.DecodeConfig(block_n=32, num_warps=4, num_stages=1, min_tokens=32, programs=4)
+    for kv_lens in ([700, 10, 90], [32] * 9, [33, 0, 31, 64, 1, 300, 65], [400, 1], [1, 400]):
+        case = decode_case(device, kv_lens, q_heads=2, kv_heads=1)
+        workspace = DecodeWorkspace(len(kv_lens), 2, 64, device)
+        for _ in range(2):
+            workspace.lse.fill_(float("nan"))
+            workspace.partial.fill_(float("nan"))
+            check(case, config=config, workspace=workspace)
+            assert not workspace.arrivals.any()
+
+
+def test_one_schedule_serves_all_layers(device: torch.device) -> None:
+    """Made before the lengths are known, updated once, used twice; and refused where it would be wrong."""
+    case = decode_case(device, [1500, 1, 69], sliding_window=300)
+    workspace = DecodeWorkspace(3, 4, 64, device, kv_heads=2)
+    schedule = DecodeSchedule(workspace, case.k, 3, sliding_window=300)
+    schedule.update(case.rows, torch.ones_like(case.kv_lens))
+    schedule.update(case.rows, case.kv_lens)
+    for seed in (1, 2):
+        case.q = torch.randn(case.q.shape, generator=torch.Generator().manual_seed(seed)).to(case.q)
+        check(case, workspace=workspace, schedule=schedule)
+    with pytest.raises(ValueError, match="make a DecodeSchedule"):
+        run(decode_case(device, [1500, 1, 69]), workspace=workspace, schedule=schedule)
+    with pytest.raises(ValueError, match="kv_heads=1"):
+        DecodeSchedule(DecodeWorkspace(3, 4, 64, device, kv_heads=64), case.k[:, :, :1], 3)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_larger_blocks_and_a_tail_apart(device: torch.device, loads: str, tail: bool) -> None:
+    config = decode.DecodeConfig(block_n=64, num_warps=4, num_stages=2, min_tokens=64, tail=tail)
+    check(decode_case(device, [63, 64, 65, 400, 1]), loads=loads, config=config)
+    check(decode_case(device, [63, 400], sliding_window=100), loads=loads, config=config)
 
 
 def test_many_requests(device: torch.device) -> None:
