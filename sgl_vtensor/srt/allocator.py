@@ -235,9 +235,13 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         batch = self._serving_batch()
         slots, stops = batch.req_pool_indices_cpu.numpy(), seq_lens_cpu.numpy()
         crossing = np.flatnonzero((stops - 1) % self.page_size == 0)
-        if crossing.size and not self._grow(slots[crossing].tolist(), stops[crossing].tolist(), batch.tree_cache):
-            return None
-        return self._to_device(self._slots_of(slots, stops - 1))
+        following = last_loc.to(torch.int64) + 1  # right inside a page, and without a copy to the device
+        if crossing.size:
+            if not self._grow(slots[crossing].tolist(), stops[crossing].tolist(), batch.tree_cache):
+                return None
+            firsts = self._to_device(np.stack([crossing, self._slots_of(slots[crossing], stops[crossing] - 1)]))
+            following[firsts[0]] = firsts[1]
+        return following
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
         raise VTensorError(

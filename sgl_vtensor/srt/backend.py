@@ -122,7 +122,8 @@ class VTensorAttnBackend(AttentionBackend):
         if self._prepare(forward_batch):
             assert self._paged is not None
             self._paged.init_forward_metadata(forward_batch)
-        self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
+        else:
+            self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if self._prepare(forward_batch):
@@ -130,24 +131,29 @@ class VTensorAttnBackend(AttentionBackend):
             self._paged.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
         if self._metadata().reads_homes:
             assert self._paged is not None
             self._paged.init_forward_metadata_in_graph(forward_batch)
+        else:
+            self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Set the metadata of this pass, up to the lengths on the device; true if it is to read the homes."""
-        batch_size = forward_batch.batch_size
-        host_rows = self._host_rows(batch_size)
+        batch_size, runtime = forward_batch.batch_size, self.runtime
+        decoding = forward_batch.forward_mode.is_decode_or_idle()
         rows, kv_lens = self._rows[:batch_size], self._kv_lens[:batch_size]
-        rows.copy_(self._pinned(host_rows), non_blocking=True)
-        if forward_batch.forward_mode.is_decode_or_idle():
-            reads_homes = self.runtime.decode_reads_homes or self.runtime.launch_reads_homes
-            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=reads_homes)
-            return reads_homes
-        if self._paged is not None and (self.runtime.launch_reads_homes or batch_size > MAX_VIEWS):
+        if decoding:
+            reads_homes = runtime.decode_reads_homes or runtime.launch_reads_homes
+        else:
+            reads_homes = runtime.extend_reads_homes or runtime.launch_reads_homes or batch_size > MAX_VIEWS
+        if reads_homes and self._paged is not None:
             self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, reads_homes=True)
             return True
+        host_rows = self._host_rows(batch_size)
+        rows.copy_(self._pinned(host_rows), non_blocking=True)
+        if decoding:
+            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens)
+            return False
         q_lens = [int(length) for length in forward_batch.extend_seq_lens_cpu]
         q_starts = (0, *itertools.accumulate(q_lens))
         self.forward_metadata = Metadata(

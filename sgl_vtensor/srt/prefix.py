@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from bisect import bisect_left, insort
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.common import coalesce_ranges
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, register_radix_cache_backend
@@ -132,12 +133,14 @@ class VTensorRadixCache(RadixCache):
     def pool(self) -> Any:
         return self.token_to_kv_pool_allocator.pool
 
-    def _path(self, node: TreeNode) -> list[PageRun]:
-        runs: list[PageRun] = []
-        while node is not self.root_node:
+    def _path(self, node: TreeNode, above: TreeNode | None = None) -> list[PageRun]:
+        """Runs from below ``above``, by default the root, down to ``node``."""
+        above, runs = above or self.root_node, []
+        while node is not above:
             runs.append(node.value)
             node = node.parent
-        return runs[::-1]
+        runs.reverse()
+        return runs
 
     def path_pages(self, node: TreeNode) -> list[int]:
         """Page ids from the root to ``node``."""
@@ -172,35 +175,53 @@ class VTensorRadixCache(RadixCache):
             # Nobody writes these tokens' page any more: the next turn of a chat copies from it. Whole pages only, so
             # SGLang's accounting needs to know nothing of it; KV events would tell others of tokens that are none.
             token_ids = token_ids + array("q", [NO_TOKEN] * (-len(token_ids) % page_size))
-        key = self._key_of(req, token_ids)
-        pages = self.pool.pages_of(slot, 0, len(key) // page_size)
+        key_len = len(token_ids) // page_size * page_size
         priority = req.priority or 0
-        self.insert(
-            InsertParams(
-                key=key,
-                value=PageRun(pages, page_size),  # type: ignore[arg-type]
-                inserted_len=req.kv.cache_inserted_len,
-                priority=priority,
-            )
-        )
-        req.kv.cache_inserted_len = max(req.kv.cache_inserted_len, len(key))
-        self._split_at_prompt(req, token_ids, pages, len(key), priority)
+        above, start = self._resume(req)
+        self._touch(above, priority)
+        node, pages = above, self.pool.pages_of(slot, start // page_size, key_len // page_size)
+        if pages:
+            key = self._key_of(req, token_ids[start:key_len])
+            inserted_len = req.kv.cache_inserted_len - start
+            _, node = self._insert_helper(above, key, PageRun(pages, page_size), priority, inserted_len)
+        req.kv.cache_inserted_len = max(req.kv.cache_inserted_len, key_len)
+        self._split_at_prompt(node, key_len, len(req.origin_input_ids) // page_size * page_size, priority)
 
-        node = super().match_prefix(MatchPrefixParams(key=key)).last_device_node
-        kept = self.path_pages(node)
+        kept = [page for run in self._path(node, above) for page in run.pages]
         if len(kept) != len(pages):
             raise VTensorError(f"the tree kept {len(kept)} of {len(pages)} pages; please report this")
-        first = req.kv.cache_protected_len // page_size
-        changed = self.pool.adopt(slot, first, kept[first:])
+        changed = self.pool.adopt(slot, start // page_size, kept)
         if changed:
             # A paged backend reads pages through this table; only what changed is written.
-            start, stop = changed[0] * page_size, (changed[-1] + 1) * page_size
-            slots = self._slots(kept[changed[0] : changed[-1] + 1]).astype(np.int32)
-            self.req_to_token_pool.write((slot, slice(start, stop)), to_device(slots, self.device))
-        req.kv.cache_protected_len = len(key)
+            first, last = changed[0] * page_size, (changed[-1] + 1) * page_size
+            slots = self._slots(self.pool.pages_of(slot, changed[0], changed[-1] + 1)).astype(np.int32)
+            self.req_to_token_pool.write((slot, slice(first, last)), to_device(slots, self.device))
+        req.kv.cache_protected_len = key_len
         self.unlock(req.lock)
         req.lock = self.lock(node)
         req.last_node = node
+
+    def _resume(self, req: Any) -> tuple[TreeNode, int]:
+        """The node down to which the tree owns the request's pages, and how many tokens lead there.
+
+        The request locks it, so no walk from the root is needed: a long prompt's tokens are not compared anew.
+        """
+        node, protected = req.last_node, req.kv.cache_protected_len
+        depth = sum(len(run) for run in self._path(node))
+        while depth > protected:  # a page whose beginning was copied
+            depth -= len(node.value)
+            node = node.parent
+        if depth != protected:
+            raise VTensorError(f"no node ends at the {protected} tokens that a request shares; please report this")
+        return node, depth
+
+    def _touch(self, node: TreeNode, priority: int) -> None:
+        """What the base class does on its way down to a node."""
+        now = time.monotonic()
+        while node is not None:
+            node.last_access_time = now
+            node.priority = max(node.priority, priority)
+            node = node.parent
 
     def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
         for start, stop in coalesce_ranges(ranges):
@@ -228,18 +249,17 @@ class VTensorRadixCache(RadixCache):
         key = RadixKey(token_ids, req.extra_key, is_bigram=False, cache_salt=req.cache_salt)
         return key.page_aligned(self.page_size)
 
-    def _split_at_prompt(self, req: Any, token_ids: Any, pages: list[int], key_len: int, priority: int) -> None:
-        """As in the base class: eviction can then drop what was generated and keep the prompt."""
-        prompt = self._key_of(req, token_ids[: len(req.origin_input_ids)])
-        if 0 < len(prompt) < key_len:
-            self.insert(
-                InsertParams(
-                    key=prompt,
-                    value=PageRun(pages[: len(prompt) // self.page_size], self.page_size),  # type: ignore[arg-type]
-                    inserted_len=len(prompt),
-                    priority=min(priority + 1, torch.iinfo(torch.int64).max),
-                )
-            )
+    def _split_at_prompt(self, node: TreeNode, node_end: int, prompt_len: int, priority: int) -> None:
+        """As in the base class: eviction can then drop what was generated, the end of ``node``, and keep the prompt."""
+        if not 0 < prompt_len < node_end:
+            return
+        start = node_end - len(node.value)
+        while start >= prompt_len:
+            node = node.parent
+            start -= len(node.value)
+        if prompt_len < start + len(node.value):
+            node = self._split_node(node.key, node, prompt_len - start)
+        self._touch(node, min(priority + 1, torch.iinfo(torch.int64).max))
 
     def _slots(self, pages: list[int]) -> npt.NDArray[np.int64]:
         """Token slots of whole pages, on the host."""
