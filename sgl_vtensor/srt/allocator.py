@@ -289,9 +289,9 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
     def clear(self) -> None:
         self.free_group = None
         self.copies = []
-        if self._pool is not None:
+        if self._pool is not None and self._policy is not None:
             self._pool.reset()
-            self._pool.shrink(0)
+            self._policy.flushed()
 
 
 def to_device(values: npt.NDArray[np.int64], device: Any) -> torch.Tensor:

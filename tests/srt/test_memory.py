@@ -14,7 +14,7 @@ from sgl_vtensor.config import Size, VTensorConfig, parse_size
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.errors import ConfigError, OutOfMemory, VTensorError
+from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory, VTensorError
 from sgl_vtensor.srt.agree import NUM_DIGESTS, Decision, Ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator, VTensorPrefillBudget
 from sgl_vtensor.srt.memory import (
@@ -25,6 +25,7 @@ from sgl_vtensor.srt.memory import (
     LimitHandler,
     MemoryPolicy,
 )
+from sgl_vtensor.vmm.faults import Fault, FaultyDriver
 from sgl_vtensor.vmm.host import HostDriver
 
 PAGE_TOKENS = 16
@@ -62,7 +63,7 @@ class Tree:
 class World:
     """A pool, its policy, and a tree that holds what has ended."""
 
-    def __init__(self, driver: HostDriver, **settings: Any) -> None:
+    def __init__(self, driver: Any, **settings: Any) -> None:
         self.driver = driver
         layout = plan_layout(
             num_layers=1,
@@ -388,7 +389,44 @@ def test_requests_are_bound_by_the_limit(world: World) -> None:
     assert world.policy.request_lens() == (799, 794)
 
 
-@pytest.mark.parametrize("num_bytes", [0, -1, 1024, 1 << 50])
+@pytest.mark.parametrize("kind", ["create", "map"])
+@pytest.mark.parametrize("error", [OutOfMemory, DriverError])
+def test_a_driver_that_refuses_memory_costs_no_request(
+    kind: str, error: type[DriverError], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever its reason: SGLang has not committed itself yet, so requests wait, cached prefixes go."""
+    with HostDriver(capacity_bytes=64 << 20) as inner:
+        driver = FaultyDriver(inner)
+        world = World(driver)
+        world.policy.reserve_pages = 4
+        world.run(1, 10)
+        world.end(1, now=0.0)
+        driver.plan.append(Fault(kind, lambda _: True, error))
+        assert not world.admits(20)
+        world.policy.launched()
+        assert not world.allocator.check_decode_capacity(
+            num_tokens=20 * PAGE_TOKENS, tree_cache=world.tree, requests=[2, 3]
+        )
+        assert world.allocator.secure(5, world.tree), "cached prefixes give theirs"
+        assert len(caplog.records) == (error is DriverError), "a full device is nothing to speak of"
+        driver.plan.clear()
+        assert world.admits(20)
+        world.pool.shutdown()
+
+
+def test_a_flush_whose_memory_is_not_taken_back_is_a_flush(caplog: pytest.LogCaptureFixture) -> None:
+    with HostDriver(capacity_bytes=64 << 20) as inner:
+        driver = FaultyDriver(inner, [Fault("release", 3, DriverError)])
+        world = World(driver)
+        world.run(1, 10)
+        world.allocator.clear()
+        assert world.pool.pages.num_in_use == 0
+        assert world.num_backed == 7 and "could not be given back" in caplog.text
+        world.run(1, 10)
+        world.pool.shutdown()
+
+
+@pytest.mark.parametrize("num_bytes", [0, -1, 1024, 1 << 50, float("nan"), float("inf"), float("-inf")])
 def test_a_limit_that_cannot_be_is_refused_and_changes_nothing(world: World, num_bytes: int) -> None:
     class Rejected(Exception):
         pass
