@@ -52,6 +52,11 @@ class MemoryPolicy:
         self.set_limit((config.memory_limit or Size("100%", 1.0, True)).bytes_of(self.capacity_bytes))
         reserve = config.reserve or (Size("1%", 0.01, True) if self._on_cuda else Size("0%", 0.0, True))
         self.reserve_pages = self._num_pages(reserve)
+        if config.reserve is not None and self.reserve_pages > pool.pages.limit_pages:
+            raise ConfigError(
+                f"--vtensor-reserve {reserve} is more than the memory limit of {config.memory_limit or 'the pool'}; "
+                "lower it"
+            )
         self._keep_pages = self._num_pages(config.cache_keep)
         self.full_request_lens = (0, 0)
         """SGLang's bounds when there is no limit."""

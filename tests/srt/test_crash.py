@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,8 @@ import requests
 from conftest import Start, StockAnswers
 from fault_plan import FaultPlan
 from server import VTENSOR, SGLangServer, generate_body
+
+from sgl_vtensor.cli.server import group_members
 
 pytestmark = pytest.mark.server
 
@@ -81,9 +82,8 @@ def test_clients_that_vanish_leave_nothing_behind(server: SGLangServer, stock: S
 
 
 def group_of(server: SGLangServer) -> list[int]:
-    """The server's processes."""
-    found = subprocess.run(["pgrep", "-g", str(server.server.group)], capture_output=True, text=True)
-    return [int(number) for number in found.stdout.split()]
+    """The server's processes; one that has ended and that we have not waited for is none."""
+    return group_members(server.server.group)
 
 
 def scheduler_of(server: SGLangServer) -> int:

@@ -414,6 +414,31 @@ def test_a_driver_that_refuses_memory_costs_no_request(
         world.pool.shutdown()
 
 
+def test_the_last_request_waits_for_memory_rather_than_be_aborted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang answers it with an error where the next page is not there: a neighbour may let go of one."""
+    world.run(1, 10)
+    free = world.driver.capacity_bytes
+    world.driver.capacity_bytes = world.driver.physical_bytes
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 5:
+            world.driver.capacity_bytes = free
+
+    monkeypatch.setattr("time.sleep", sleep)
+    fits = world.allocator.check_decode_capacity
+    assert not fits(num_tokens=PAGE_TOKENS, tree_cache=world.tree, requests=[1, 2]) and not waited
+    assert fits(num_tokens=PAGE_TOKENS, tree_cache=world.tree, requests=[1]) and len(waited) == 5
+    assert not fits(num_tokens=NUM_PAGES * PAGE_TOKENS, tree_cache=world.tree, requests=[1]), "it never would"
+    world.driver.capacity_bytes = world.driver.physical_bytes
+    monkeypatch.setattr("sgl_vtensor.srt.allocator.LAST_REQUEST_SECONDS", -1.0)
+    assert not fits(num_tokens=2 * PAGE_TOKENS, tree_cache=world.tree, requests=[1])
+    assert len(waited) == 5
+
+
 def test_a_flush_whose_memory_is_not_taken_back_is_a_flush(caplog: pytest.LogCaptureFixture) -> None:
     with HostDriver(capacity_bytes=64 << 20) as inner:
         driver = FaultyDriver(inner, [Fault("release", 3, DriverError)])
@@ -438,3 +463,10 @@ def test_a_limit_that_cannot_be_is_refused_and_changes_nothing(world: World, num
     assert world.pool.pages.limit_pages == NUM_PAGES, "validating applies nothing"
     with pytest.raises(ConfigError, match="at least one page"):
         MemoryPolicy(world.pool, VTensorConfig(memory_limit=Size("huge", 1 << 50, False)))
+
+
+def test_a_reserve_larger_than_the_limit_is_refused(world: World) -> None:
+    half = Size("half", pages(world, NUM_PAGES // 2), False)
+    MemoryPolicy(world.pool, VTensorConfig(reserve=Size("50%", 0.5, True), memory_limit=half))
+    with pytest.raises(ConfigError, match="--vtensor-reserve 60% is more than the memory limit of half; lower it"):
+        MemoryPolicy(world.pool, VTensorConfig(reserve=Size("60%", 0.6, True), memory_limit=half))
