@@ -258,7 +258,7 @@ class LimitHandler:
 
     def validate(self, key: str, value: float) -> None:
         try:
-            self.policy.check_limit(value)  # which may be NaN or Infinity: JSON of Python's has both
+            self.policy.check_limit(value)  # as it is: int() of NaN or Infinity would raise
         except ConfigError as error:
             raise self.rejection(str(error)) from error
 
