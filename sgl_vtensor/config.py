@@ -14,6 +14,8 @@ KERNELS: tuple[str, ...] = get_args(Kernel)
 
 PREFIX = "SGL_VTENSOR"
 SWITCH = PREFIX
+MAX_ROWS = 1 << 16
+MAX_BYTES = 1 << 50
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
 
@@ -52,8 +54,10 @@ def parse_size(name: str, text: str) -> Size:
         if number > 100:
             raise ConfigError(f"{name}={text!r} is more than all there is; give at most 100%")
         return Size(text.strip(), number / 100, True)
-    factor = next(factor for known, factor in _UNITS.items() if known.lower() == unit.lower())
-    return Size(text.strip(), number * factor, False)
+    amount = number * next(factor for known, factor in _UNITS.items() if known.lower() == unit.lower())
+    if amount > MAX_BYTES:
+        raise ConfigError(f"{name}={text[:40]!r} is more than any device has; give at most {MAX_BYTES >> 40}TiB")
+    return Size(text.strip(), amount, False)
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -93,8 +97,8 @@ class VTensorConfig:
             raise ConfigError(f"page_tokens is {self.page_tokens}; give a number of tokens between 1 and 4096")
         if self.kernel not in KERNELS:
             raise ConfigError(f"kernel is {self.kernel!r}; choose one of {', '.join(KERNELS)}")
-        if self.num_rows is not None and self.num_rows < 2:
-            raise ConfigError(f"num_rows is {self.num_rows}; there must be at least 2")
+        if self.num_rows is not None and not (2 <= self.num_rows <= MAX_ROWS):
+            raise ConfigError(f"num_rows is {self.num_rows}; give a number of rows between 2 and {MAX_ROWS}")
         for name in ("idle_seconds", "cache_seconds"):
             seconds = getattr(self, name)
             if not 0 <= seconds < float("inf"):

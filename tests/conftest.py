@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,18 @@ import triton.experimental.gluon  # noqa: E402, F401  (Triton would import it at
 import vtensor_kernels  # noqa: E402, F401
 
 os.environ.pop("TRITON_INTERPRET", None)
+
+from tests.leaks import held  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test of the driver or the core leaves a thread running, or a host driver open that it has opened itself."""
+    before = held()
+    yield
+    if request.path.parent.name in ("vmm", "core"):
+        left = held() - before
+        assert not left, f"left behind: {dict(left)}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

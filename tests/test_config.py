@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from sgl_vtensor.config import KERNELS, VTensorConfig, load_config, switched_on
 from sgl_vtensor.errors import ConfigError
+from tests.bad_values import bad_values
 
 
 def test_defaults() -> None:
@@ -52,7 +54,7 @@ def test_switched_off(environ: dict[str, str]) -> None:
         ({"page_tokens": 0}, {}, ["page_tokens is 0", "between 1 and 4096"]),
         ({"page_tokens": -1}, {}, ["page_tokens is -1", "between 1 and 4096"]),
         ({"page_tokens": 4097}, {}, ["page_tokens is 4097", "between 1 and 4096"]),
-        ({"num_rows": 1}, {}, ["num_rows is 1", "at least 2"]),
+        ({"num_rows": 1}, {}, ["num_rows is 1", "between 2 and 65536"]),
         ({"row_count": 4}, {}, ["--vtensor-row-count", "not known"]),
     ],
 )
@@ -60,6 +62,24 @@ def test_refused(flags: dict[str, Any], environ: dict[str, str], words: list[str
     with pytest.raises(ConfigError) as refusal:
         load_config(flags, environ)
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, bad in bad_values().items() for text in bad])
+def test_no_field_takes_a_bad_variable(name: str, text: str) -> None:
+    variable = f"SGL_VTENSOR_{name.upper()}"
+    with pytest.raises(ConfigError) as refusal:
+        load_config({}, {variable: text})
+    said = str(refusal.value)
+    assert variable in said or said.startswith(f"{name} is "), said
+    assert re.search(r"; (write|give|choose|there must)| is not a (whole )?number", said), f"no way out: {said}"
+    assert "\n" not in said and len(said) < 600
+
+
+@pytest.mark.parametrize("name", bad_values())
+def test_a_misspelt_variable_is_named_with_the_right_ones(name: str) -> None:
+    wrong, right = f"SGL_VTENSOR_{name.upper()}S", f"SGL_VTENSOR_{name.upper()}"
+    with pytest.raises(ConfigError, match=rf"{wrong} is not known; accepted are .*\b{right}\b"):
+        load_config({}, {wrong: "1"})
 
 
 def test_switch_that_cannot_be_read() -> None:

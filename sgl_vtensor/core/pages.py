@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from sgl_vtensor.core.layout import KVLayout, kv_views
-from sgl_vtensor.errors import OutOfMemory, VTensorError
+from sgl_vtensor.errors import DriverError, OutOfMemory, VTensorError
 from sgl_vtensor.vmm.driver import VmmDriver
 
 PADDING_PAGE = 0
 
 
-def _raise(error: OutOfMemory) -> None:
-    raise error
+def _give_up(_: DriverError) -> bool:
+    return False
 
 
 class Pages:
@@ -41,8 +41,8 @@ class Pages:
         """Free memory of the device that is left to others."""
         self.agreed_pages: int | None = None
         """What the ranks of one server agreed that each of them can have in use; None: this rank decides alone."""
-        self.on_shortage: Callable[[OutOfMemory], None] = _raise
-        """Called when memory that was agreed on is not there: waits before the next try, or raises."""
+        self.on_refusal: Callable[[DriverError], bool] = _give_up
+        """Called when the driver refuses memory that the limit allows: true to try again, false to do without."""
         self.home_bytes = (num_pages + 1) * layout.page_bytes
         self.home_base = driver.reserve(self.home_bytes)
         self._handles = np.zeros(num_pages + 1, dtype=np.uint64)
@@ -128,10 +128,10 @@ class Pages:
     def secure(self, num_pages: int, *, beyond_limit: bool = False) -> bool:
         """Back free pages until ``num_pages`` of them can be taken without asking the driver for memory.
 
-        Returns False where the limit or the device's memory does not allow it; what could be backed stays backed.
+        Returns False where the limit or the driver does not allow it; what could be backed stays backed.
 
         Raises:
-            OutOfMemory: the ranks of this server agreed that the memory is there, and ``on_shortage`` gave up on it.
+            DriverError: ``on_refusal`` made it the caller's affair.
         """
         if self.num_in_use + num_pages > self._allowed(beyond_limit):
             return False
@@ -148,10 +148,9 @@ class Pages:
             page = self._free_unbacked[-1]
             try:
                 self._back(page)
-            except OutOfMemory as error:
-                if self.agreed_pages is None:
+            except DriverError as error:
+                if not self.on_refusal(error):
                     return False
-                self.on_shortage(error)
                 continue
             self._free_unbacked.pop()
             self._free_backed[page] = 0

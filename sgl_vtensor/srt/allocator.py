@@ -24,6 +24,9 @@ from sgl_vtensor.srt.pool import VTensorKVPool
 
 logger = logging.getLogger(__name__)
 
+LAST_REQUEST_SECONDS = 2.0
+LAST_REQUEST_POLL_SECONDS = 0.01
+
 
 @dataclass(frozen=True)
 class PageCopy:
@@ -157,14 +160,21 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
     ) -> bool:
         """Whether the next step's pages are there, physically; SGLang retracts requests until they are.
 
-        It aborts the last one rather than retract it, so that one is not held to the limit.
+        It aborts the last one rather than retract it. So that one is not held to the limit, and it waits a little for
+        memory: for that long a neighbour may take to let go of some.
         """
         if not super().check_decode_capacity(
             num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
         ):
             return False
-        is_last = requests is not None and len(requests) <= 1
-        return self.secure(-(-num_tokens // self.page_size), tree_cache, beyond_limit=is_last)
+        num_pages, is_last = -(-num_tokens // self.page_size), requests is not None and len(requests) <= 1
+        waits = is_last and self.pool.pages.agreed_pages is None  # ranks that have agreed wait in their policy
+        deadline = time.monotonic() + LAST_REQUEST_SECONDS
+        while not self.secure(num_pages, tree_cache, beyond_limit=is_last):
+            if not waits or time.monotonic() > deadline:
+                return False
+            time.sleep(LAST_REQUEST_POLL_SECONDS)
+        return True
 
     def secure(self, num_pages: int, tree_cache: Any, *, beyond_limit: bool = False) -> bool:
         """Take memory for so many pages, from cached prefixes if need be; leave those alone if it would not help."""
@@ -302,9 +312,9 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
     def clear(self) -> None:
         self.free_group = None
         self.copies = []
-        if self._pool is not None:
+        if self._pool is not None and self._policy is not None:
             self._pool.reset()
-            self._pool.shrink(0)
+            self._policy.flushed()
 
 
 def to_device(values: npt.NDArray[Any], device: Any) -> torch.Tensor:

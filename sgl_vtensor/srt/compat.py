@@ -14,7 +14,7 @@ from importlib.metadata import version
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sgl_vtensor.errors import ConfigError
-from sgl_vtensor.srt import allocator, flags, pool, runtime
+from sgl_vtensor.srt import allocator, flags, pool, prompts, runtime
 
 SUPPORTED = ("0.5.23",)
 
@@ -128,6 +128,12 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AROUND,
         runtime.follow_decisions,
         "all ranks follow them in the same step; figures for /metrics, once a second",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        HookType.BEFORE,
+        prompts.check_prompt,
+        "an empty prompt, or a number that is no token, would end the scheduler",
     ),
 )
 

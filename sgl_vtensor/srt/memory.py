@@ -30,6 +30,7 @@ MARGIN_BYTES = 512 << 20
 NEIGHBOUR_SECONDS = 30.0
 """While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
 RELEASE_AGAIN_SECONDS = 5.0
+WARNING_SECONDS = 5.0
 SHORTAGE_SECONDS = 60.0
 SHORTAGE_POLL_SECONDS = 0.01
 
@@ -43,14 +44,19 @@ class MemoryPolicy:
         self.ranks = ranks
         if ranks is not None:
             pool.pages.agreed_pages = pool.pages.num_pages
-            pool.pages.on_shortage = self._wait_for_memory
             ranks.publish(pool.pages.num_pages)
+        pool.pages.on_refusal = self._do_without if ranks is None else self._wait_for_memory
         self._on_cuda = pool.driver.name == "cuda"
         pool.pages.margin_bytes = MARGIN_BYTES if self._on_cuda else 0
         self.capacity_bytes = pool.pages.num_pages * pool.layout.page_bytes
         self.set_limit((config.memory_limit or Size("100%", 1.0, True)).bytes_of(self.capacity_bytes))
         reserve = config.reserve or (Size("1%", 0.01, True) if self._on_cuda else Size("0%", 0.0, True))
         self.reserve_pages = self._num_pages(reserve)
+        if config.reserve is not None and self.reserve_pages > pool.pages.limit_pages:
+            raise ConfigError(
+                f"--vtensor-reserve {reserve} is more than the memory limit of {config.memory_limit or 'the pool'}; "
+                "lower it"
+            )
         self._keep_pages = self._num_pages(config.cache_keep)
         self.full_request_lens = (0, 0)
         """SGLang's bounds when there is no limit."""
@@ -58,6 +64,7 @@ class MemoryPolicy:
         self._next_look = 0.0
         self._next_release = 0.0
         self._next_decision = 0.0
+        self._next_warning = 0.0
         self._shortage_since = self._last_shortage = float("-inf")
         self.pages_released = 0
         """Given back to the device since the start."""
@@ -78,7 +85,7 @@ class MemoryPolicy:
         self.check_limit(num_bytes)
         self.pool.set_limit(num_bytes // self.pool.layout.page_bytes)
 
-    def check_limit(self, num_bytes: int) -> None:
+    def check_limit(self, num_bytes: float) -> None:
         """Raise what ``set_limit`` would."""
         page_bytes = self.pool.layout.page_bytes
         if not page_bytes <= num_bytes <= self.capacity_bytes:
@@ -167,6 +174,10 @@ class MemoryPolicy:
         expired = older_than(self.config.cache_seconds) if self.config.cache_seconds and surplus > 0 else 0
         return max(min(expired, surplus), min(short, older_than(NEIGHBOUR_SECONDS)) if short > 0 else 0)
 
+    def flushed(self) -> None:
+        """The cache has been emptied by hand: its memory goes at once."""
+        self._release(0, self.pool.pages.num_pages)
+
     # Several ranks.
 
     def decide(self, tree_cache: Any, now: float) -> Decision | None:
@@ -185,11 +196,19 @@ class MemoryPolicy:
         self.pool.pages.agreed_pages = decision.most_in_use
         self.pages_evicted_by_age += self._evict(tree_cache, decision.evict_pages)
 
-    def _wait_for_memory(self, error: OutOfMemory) -> None:
+    def _do_without(self, error: DriverError) -> bool:
+        """Cached prefixes go, requests wait or are retracted. A full device is nothing to speak of."""
+        now = time.monotonic()
+        if not isinstance(error, OutOfMemory) and now >= self._next_warning:
+            self._next_warning = now + WARNING_SECONDS
+            logger.warning("vTensor memory: a page could not be backed, requests wait for others (%s)", error)
+        return False
+
+    def _wait_for_memory(self, error: DriverError) -> bool:
         """A neighbour was faster. The other ranks wait for this one's launch, so waiting lets none of them run ahead.
 
         Raises:
-            OutOfMemory: ``error``, after ``SHORTAGE_SECONDS``. The server must stop.
+            DriverError: ``error``, after ``SHORTAGE_SECONDS``. The server must stop.
         """
         now = time.monotonic()
         if now - self._last_shortage > 1.0:
@@ -199,6 +218,7 @@ class MemoryPolicy:
         if now - self._shortage_since > SHORTAGE_SECONDS:
             raise error
         time.sleep(SHORTAGE_POLL_SECONDS)
+        return True
 
     def _evict(self, tree_cache: Any, num_pages: int) -> int:
         """Evict at least so many pages' worth of leaves, as SGLang's eviction policy ranks them."""
@@ -238,7 +258,7 @@ class LimitHandler:
 
     def validate(self, key: str, value: float) -> None:
         try:
-            self.policy.check_limit(int(value))
+            self.policy.check_limit(value)  # as it is: int() of NaN or Infinity would raise
         except ConfigError as error:
             raise self.rejection(str(error)) from error
 

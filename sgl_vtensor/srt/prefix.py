@@ -20,7 +20,8 @@ from sgl_vtensor.srt.allocator import VTensorAllocator, to_device
 from sgl_vtensor.srt.flags import NAME
 
 NO_TOKEN = -1
-"""Stands behind the last token of a page that is not full. No prompt has it, so a match ends there."""
+"""Stands behind the last token of a page that is not full. ``check_prompt`` lets no prompt have it, so a match ends
+there: what lies behind are another request's bytes."""
 
 
 class PageRun:

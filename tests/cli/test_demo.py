@@ -121,7 +121,7 @@ def test_stop_ends_children_that_ignore_sigterm(tmp_path: Path, monkeypatch: pyt
     with Server(command, tmp_path / "log", os.environ) as running:
         wait(lambda: running.last_lines(1) == ["child"])
         assert len(group_members(running.group)) == 2
-    assert group_members(running.group) == []
+    wait(lambda: group_members(running.group) == [])  # a killed process needs a moment on a busy machine
 
 
 def test_stop_is_quick_when_everybody_obeys(tmp_path: Path) -> None:

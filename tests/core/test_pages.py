@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgl_vtensor.core.pages import PADDING_PAGE, Pages
-from sgl_vtensor.errors import OutOfMemory, VTensorError
+from sgl_vtensor.errors import DriverError, OutOfMemory, VTensorError
 from sgl_vtensor.vmm.host import HostDriver
 from tests.core.conftest import small_layout
 
@@ -103,8 +103,18 @@ def test_ranks_that_agreed_do_not_decide_by_their_own_memory() -> None:
         assert pages.secure(3) and not pages.secure(4) and not pages.secure(4, beyond_limit=True)
         pages.agreed_pages = 8
         assert pages.most_in_use() == 8
+        errors: list[DriverError] = []
+
+        def raise_at_the_third(error: DriverError) -> bool:
+            errors.append(error)
+            if len(errors) == 3:
+                raise error
+            return True
+
+        pages.on_refusal = raise_at_the_third
         with pytest.raises(OutOfMemory):
             pages.secure(6)
+        assert len(errors) == 3 and pages.num_free_backed == 5
 
 
 def test_secure_stops_at_the_number_of_pages(pages: Pages) -> None:

@@ -37,6 +37,7 @@ PARAMETERS = {
     "SchedulerInternalStateController._update_handlers": ["self"],
     "SchedulerInternalStateController.get_internal_state": ["self"],
     "TpModelWorker.get_worker_info": ["self"],
+    "TokenizerManager._validate_one_request": ["self", "obj", "input_ids"],
 }
 
 

@@ -7,17 +7,19 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 from conftest import Start, StockAnswers
 from fault_plan import FaultPlan
 from server import VTENSOR, SGLangServer, generate_body
+
+from sgl_vtensor.cli.server import group_members
 
 pytestmark = pytest.mark.server
 
@@ -49,6 +51,7 @@ def test_a_driver_that_fails_costs_no_request(
     """Memory is asked for before SGLang commits itself, and giving it back is no duty."""
     with plan.failing(**{fault: 0.4}):
         answers_are_right(server, stock)
+        server.flush_cache()
         time.sleep(2)
     answers_are_right(server, stock)
     server.wait_for(lambda figures: figures["pages_backed"] == 0, seconds=30)
@@ -74,16 +77,99 @@ def test_clients_that_vanish_leave_nothing_behind(server: SGLangServer, stock: S
             time.sleep(0.05)
             # Torn rather than closed: the server is told at once, and by an error.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    server.wait_idle()
-    figures = server.wait_for(lambda figures: figures["rows_running"] == 0, seconds=30)
-    assert figures["pages_in_use"] == figures["pages_cached"]
+    pages_add_up(server)
     answers_are_right(server, stock)
 
 
+def pages_add_up(server: SGLangServer) -> None:
+    """Nothing runs, and every page is free or cached."""
+    server.wait_idle()
+    figures = server.wait_for(lambda figures: figures["rows_running"] == 0, seconds=30)
+    assert figures["pages_in_use"] == figures["pages_cached"] and figures["pages_fenced"] == 0, figures
+
+
+SAMPLING = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+BAD_REQUESTS: dict[str, Any] = {
+    "nothing": {"input_ids": []},
+    "no text": {"text": ""},
+    "longer than the pool": {"input_ids": [5] * 2048},
+    "longer than the context": {"input_ids": [5] * 9000},
+    "negative token": {"input_ids": [5, -1, 6]},
+    "no such token": {"input_ids": [5, 60_000, 6]},
+    "huge token": {"input_ids": [1 << 70]},
+    "token of text": {"input_ids": ["a"]},
+    "half a token": {"input_ids": [1.5]},
+    "negative answer": {"input_ids": [5], "sampling_params": SAMPLING | {"max_new_tokens": -1}},
+    "endless answer": {"input_ids": [5] * 2000, "sampling_params": SAMPLING | {"max_new_tokens": 10**9}},
+    "one bad of two": {"input_ids": [[5, 6], [5, -1]]},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_REQUESTS)
+def test_a_bad_request_is_refused_and_leaves_no_trace(server: SGLangServer, bad: str) -> None:
+    asked = {"sampling_params": SAMPLING} | BAD_REQUESTS[bad]
+    refused = server.post("/generate", asked)
+    assert refused.status_code == 400, f"{refused.status_code} {refused.text}"
+    assert refused.text and "Traceback" not in refused.text
+    assert server.generate([5, 6, 7], 4).prompt_tokens == 3
+    pages_add_up(server)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_the_least_requests_are_served(server: SGLangServer, tokens: int) -> None:
+    """One token asks, for one or none."""
+    answer = server.generate([5], tokens)
+    assert (answer.prompt_tokens, len(answer.output_ids)) == (1, tokens)
+    pages_add_up(server)
+
+
+@pytest.mark.parametrize("prompt_tokens", [2040, 2041])
+def test_the_longest_requests_that_the_pool_holds_are_served(server: SGLangServer, prompt_tokens: int) -> None:
+    answer = server.generate([7] * prompt_tokens, 1)
+    assert len(answer.output_ids) == 1
+    pages_add_up(server)
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "1e300", "NaN", "Infinity", '"1GiB"', "null", "1" * 40, "true", "[]"])
+def test_a_bad_limit_changes_nothing(server: SGLangServer, value: str) -> None:
+    before = server.vtensor()["limit_pages"]
+    body = f'{{"server_args": {{"vtensor_memory_limit_bytes": {value}}}}}'
+    url = f"http://127.0.0.1:{server.port}/set_internal_state"
+    answer = requests.post(url, data=body, headers={"content-type": "application/json"}, timeout=30)
+    assert answer.status_code == 400 or answer.json() == [False], answer.text
+    assert server.vtensor()["limit_pages"] == before
+
+
+def test_a_flush_while_retracted_requests_wait(server: SGLangServer, stock: StockAnswers) -> None:
+    """Paused, they lose their pages and the cache goes under them; they answer as if nothing had been."""
+    asked = stock.hungry[:3]
+    with ThreadPoolExecutor(3) as executor:
+        answers = [executor.submit(server.generate, one.prompt, one.tokens) for one in asked]
+        server.wait_for(lambda figures: figures["rows_running"] == 3, seconds=30)
+        assert server.post("/pause_generation", {"mode": "retract"}).ok
+        server.flush_cache()
+        assert server.vtensor()["pages_in_use"] == 0
+        assert server.post("/continue_generation", {}).ok
+        assert [one.result().output_ids for one in answers] == [one.output_ids for one in asked]
+    pages_add_up(server)
+
+
+def test_a_thousand_connections(server: SGLangServer, stock: StockAnswers) -> None:
+    """Half of them silent, half in the middle of a request, and the server answers in between and after."""
+    half = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+            if number % 2:
+                client.sendall(half)
+        answers_are_right(server, stock)
+    answers_are_right(server, stock)
+    pages_add_up(server)
+
+
 def group_of(server: SGLangServer) -> list[int]:
-    """The server's processes."""
-    found = subprocess.run(["pgrep", "-g", str(server.server.group)], capture_output=True, text=True)
-    return [int(number) for number in found.stdout.split()]
+    """The server's processes; one that has ended and that we have not waited for is none."""
+    return group_members(server.server.group)
 
 
 def scheduler_of(server: SGLangServer) -> int:
@@ -134,8 +220,9 @@ def test_killed_under_load_nothing_is_left_and_the_next_start_works(start: Start
 @pytest.mark.deep
 @pytest.mark.timeout(7200)
 def test_killed_fifty_times(start: Start, stock: StockAnswers) -> None:
-    dice, before = random.Random(8), shared_memory()
-    for number in range(50):
+    seed, rounds = (int(os.environ.get(name, least)) for name, least in (("SEED", 8), ("ROUNDS", 50)))
+    dice, before = random.Random(seed), shared_memory()
+    for number in range(rounds):
         with start(*FLAGS) as server:
             answers_are_right(server, stock)
             victim = dice.choice(group_of(server))

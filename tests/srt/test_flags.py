@@ -17,6 +17,7 @@ from sglang.srt.server_args import ServerArgs
 from sgl_vtensor.core.layout import PAGE_TOKENS_CHOICES
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.srt import flags
+from tests.bad_values import bad_values
 
 pytestmark = pytest.mark.server
 
@@ -143,7 +144,7 @@ def test_flags_without_the_switch(resolve: Resolve, flag: str) -> None:
         (["--vtensor-memory-limit=101%"], ["--vtensor-memory-limit='101%'", "at most 100%"]),
         (["--vtensor-reserve=lots"], ["--vtensor-reserve='lots'", "512MiB"]),
         (["--vtensor-cache-seconds=-1"], ["cache_seconds is -1", "0 for never"]),
-        (["--vtensor-num-rows=1"], ["num_rows is 1", "at least 2"]),
+        (["--vtensor-num-rows=1"], ["num_rows is 1", "between 2 and 65536"]),
         (["--page-size=8", "--vtensor-page-tokens=16"], ["--page-size 8", "16 tokens", "--vtensor-page-tokens 8"]),
         (["--vtensor-page-tokens=16", "--chunked-prefill-size=40"], ["--chunked-prefill-size 40", "16 tokens"]),
         (["--attention-backend=vtensor", "--decode-attention-backend=torch_native"], ["--attention-backend"]),
@@ -174,6 +175,21 @@ def test_unreadable_values(resolve: Resolve, flag: str, word: str) -> None:
 )
 def test_wrong_variables(resolve: Resolve, env: dict[str, str], words: list[str]) -> None:
     check_refused(resolve(env={"SGL_VTENSOR": "1"} | env), *words)
+
+
+@pytest.mark.parametrize("name", bad_values())
+def test_no_flag_takes_a_bad_value(resolve: Resolve, name: str) -> None:
+    """Missing, unreadable, negative, huge; by argparse or by us, in one line that names the flag or its setting."""
+    flag = f"--vtensor-{name.replace('_', '-')}"
+    bad = bad_values()[name]
+    told = ["--enable-vtensor", f"{flag}s=1"], *(["--enable-vtensor", f"{flag}={text}"] for text in bad)
+    cases = [*told, ["--enable-vtensor", flag]] if name != "debug" else told
+    for argv in cases:
+        result = resolve(*argv)
+        assert result.get("error") in ("usage", "ConfigError"), (argv, result)
+        said = result["message"]
+        assert flag in said or f"{name} is " in said, said
+        assert "\n" not in said and "Traceback" not in said
 
 
 def test_flags_win_over_variables(resolve: Resolve) -> None:

@@ -14,7 +14,7 @@ from sgl_vtensor.config import Size, VTensorConfig, parse_size
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.errors import ConfigError, OutOfMemory, VTensorError
+from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory, VTensorError
 from sgl_vtensor.srt.agree import NUM_DIGESTS, Decision, Ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator, VTensorPrefillBudget
 from sgl_vtensor.srt.memory import (
@@ -25,6 +25,7 @@ from sgl_vtensor.srt.memory import (
     LimitHandler,
     MemoryPolicy,
 )
+from sgl_vtensor.vmm.faults import Fault, FaultyDriver
 from sgl_vtensor.vmm.host import HostDriver
 
 PAGE_TOKENS = 16
@@ -62,7 +63,7 @@ class Tree:
 class World:
     """A pool, its policy, and a tree that holds what has ended."""
 
-    def __init__(self, driver: HostDriver, **settings: Any) -> None:
+    def __init__(self, driver: Any, **settings: Any) -> None:
         self.driver = driver
         layout = plan_layout(
             num_layers=1,
@@ -388,7 +389,69 @@ def test_requests_are_bound_by_the_limit(world: World) -> None:
     assert world.policy.request_lens() == (799, 794)
 
 
-@pytest.mark.parametrize("num_bytes", [0, -1, 1024, 1 << 50])
+@pytest.mark.parametrize("kind", ["create", "map"])
+@pytest.mark.parametrize("error", [OutOfMemory, DriverError])
+def test_a_driver_that_refuses_memory_costs_no_request(
+    kind: str, error: type[DriverError], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever its reason: SGLang has not committed itself yet, so requests wait, cached prefixes go."""
+    with HostDriver(capacity_bytes=64 << 20) as inner:
+        driver = FaultyDriver(inner)
+        world = World(driver)
+        world.policy.reserve_pages = 4
+        world.run(1, 10)
+        world.end(1, now=0.0)
+        driver.plan.append(Fault(kind, lambda _: True, error))
+        assert not world.admits(20)
+        world.policy.launched()
+        assert not world.allocator.check_decode_capacity(
+            num_tokens=20 * PAGE_TOKENS, tree_cache=world.tree, requests=[2, 3]
+        )
+        assert world.allocator.secure(5, world.tree), "cached prefixes give theirs"
+        assert len(caplog.records) == (error is DriverError), "a full device is nothing to speak of"
+        driver.plan.clear()
+        assert world.admits(20)
+        world.pool.shutdown()
+
+
+def test_the_last_request_waits_for_memory_rather_than_be_aborted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang answers it with an error where the next page is not there: a neighbour may let go of one."""
+    world.run(1, 10)
+    free = world.driver.capacity_bytes
+    world.driver.capacity_bytes = world.driver.physical_bytes
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 5:
+            world.driver.capacity_bytes = free
+
+    monkeypatch.setattr("time.sleep", sleep)
+    fits = world.allocator.check_decode_capacity
+    assert not fits(num_tokens=PAGE_TOKENS, tree_cache=world.tree, requests=[1, 2]) and not waited
+    assert fits(num_tokens=PAGE_TOKENS, tree_cache=world.tree, requests=[1]) and len(waited) == 5
+    assert not fits(num_tokens=NUM_PAGES * PAGE_TOKENS, tree_cache=world.tree, requests=[1]), "it never would"
+    world.driver.capacity_bytes = world.driver.physical_bytes
+    monkeypatch.setattr("sgl_vtensor.srt.allocator.LAST_REQUEST_SECONDS", -1.0)
+    assert not fits(num_tokens=2 * PAGE_TOKENS, tree_cache=world.tree, requests=[1])
+    assert len(waited) == 5
+
+
+def test_a_flush_whose_memory_is_not_taken_back_is_a_flush(caplog: pytest.LogCaptureFixture) -> None:
+    with HostDriver(capacity_bytes=64 << 20) as inner:
+        driver = FaultyDriver(inner, [Fault("release", 3, DriverError)])
+        world = World(driver)
+        world.run(1, 10)
+        world.allocator.clear()
+        assert world.pool.pages.num_in_use == 0
+        assert world.num_backed == 7 and "could not be given back" in caplog.text
+        world.run(1, 10)
+        world.pool.shutdown()
+
+
+@pytest.mark.parametrize("num_bytes", [0, -1, 1024, 1 << 50, float("nan"), float("inf"), float("-inf")])
 def test_a_limit_that_cannot_be_is_refused_and_changes_nothing(world: World, num_bytes: int) -> None:
     class Rejected(Exception):
         pass
@@ -400,3 +463,10 @@ def test_a_limit_that_cannot_be_is_refused_and_changes_nothing(world: World, num
     assert world.pool.pages.limit_pages == NUM_PAGES, "validating applies nothing"
     with pytest.raises(ConfigError, match="at least one page"):
         MemoryPolicy(world.pool, VTensorConfig(memory_limit=Size("huge", 1 << 50, False)))
+
+
+def test_a_reserve_larger_than_the_limit_is_refused(world: World) -> None:
+    half = Size("half", pages(world, NUM_PAGES // 2), False)
+    MemoryPolicy(world.pool, VTensorConfig(reserve=Size("50%", 0.5, True), memory_limit=half))
+    with pytest.raises(ConfigError, match="--vtensor-reserve 60% is more than the memory limit of half; lower it"):
+        MemoryPolicy(world.pool, VTensorConfig(reserve=Size("60%", 0.6, True), memory_limit=half))

@@ -14,10 +14,10 @@ from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.errors import OutOfMemory
+from sgl_vtensor.errors import ConfigError, OutOfMemory
 from sgl_vtensor.srt.allocator import PageCopy
 from sgl_vtensor.srt.memory import MemoryPolicy
-from sgl_vtensor.srt.runtime import MAX_MAPPINGS_AHEAD, MAX_VIEWS, Runtime
+from sgl_vtensor.srt.runtime import MAX_MAPPINGS_AHEAD, MAX_VIEWS, Runtime, _max_mappings, _num_rows
 from sgl_vtensor.vmm.faults import Fault, FaultyDriver
 from sgl_vtensor.vmm.host import HostDriver
 
@@ -159,3 +159,18 @@ def test_copies_and_zeroing_precede_the_launch(world: World) -> None:
     assert np.count_nonzero(copied[5 * stride :]) == 0
     assert world.allocator.copies == []
     assert world.runtime.tokens_copied == 5
+
+
+def test_rows_that_contradict_other_settings_are_refused() -> None:
+    config = VTensorConfig(num_rows=12)
+    assert _num_rows(config, 11, 1 << 30) == 12
+    with pytest.raises(ConfigError, match="--vtensor-num-rows 12 is too few for 12 requests at once; give at least 13"):
+        _num_rows(config, 12, 1 << 30)
+    with pytest.raises(ConfigError, match="lower --max-running-requests to 9 or lower --context-length"):
+        _num_rows(config, 10, 10 << 40)
+
+
+def test_pages_that_leave_no_mappings_to_rows_are_refused() -> None:
+    assert _max_mappings("cuda", 1 << 30, 8) is None
+    with pytest.raises(ConfigError, match=r"pages leave 0 of Linux's \d+ mappings for rows; lower --max-total-tokens"):
+        _max_mappings("host", 1 << 30, 8)

@@ -1,0 +1,35 @@
+"""What no scheduler should see: the check of prompts on its own. On a server: ``test_crash.py``."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sgl_vtensor.config import VTensorConfig
+from sgl_vtensor.srt import prompts
+
+MANAGER = SimpleNamespace(mm_processor=None, model_config=SimpleNamespace(vocab_size=100))
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "active_config", VTensorConfig)
+
+
+@pytest.mark.parametrize("input_ids", [[0], [99], [0, 99, 5], None])
+def test_prompts_of_tokens_pass(input_ids: list[int] | None) -> None:
+    prompts.check_prompt(MANAGER, None, input_ids)
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "said"), [([], "no tokens; give"), ([5, -1, 5], "-1 in the prompt"), ([5, 100], "from 0 to 99")]
+)
+def test_others_do_not(input_ids: list[int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=said):
+        prompts.check_prompt(MANAGER, None, input_ids)
+    images: Any = SimpleNamespace(**vars(MANAGER) | {"mm_processor": "its placeholders are no tokens"})
+    prompts.check_prompt(images, None, input_ids)
+    monkeypatch.setattr(prompts, "active_config", lambda: None)
+    prompts.check_prompt(MANAGER, None, input_ids)

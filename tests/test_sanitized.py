@@ -1,0 +1,58 @@
+"""The host driver and the core under Python's debug allocator, faulthandler and warnings that are errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from sgl_vtensor.vmm.host import HostDriver
+from tests.leaks import held
+
+ROOT = Path(__file__).parents[1]
+FILES = ("vmm", "core/test_pages.py", "core/test_pool.py", "core/test_rows.py", "core/test_faults.py")
+SANITIZED = (sys.executable, "-X", "dev", "-W", "error::ResourceWarning")
+"""``-X dev``: PYTHONMALLOC=debug, faulthandler, and more."""
+
+OVERRUN = """
+import ctypes
+buffer = ctypes.create_string_buffer(64)
+ctypes.memset(buffer, 1, 72)
+del buffer
+"""
+
+
+def test_host_driver_and_core_run_sanitized() -> None:
+    files = [f"tests/{name}" for name in FILES]
+    command = [*SANITIZED, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not deep", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert "passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (OVERRUN, "bad trailing pad byte"),
+        ("import ctypes; ctypes.string_at(8)", "Fatal Python error: Segmentation fault"),
+        ("open('/dev/null'); import gc; gc.collect()", "ResourceWarning: unclosed file"),
+    ],
+    ids=["overrun", "fault", "unclosed"],
+)
+def test_a_mistake_is_seen_there(mistake: str, said: str) -> None:
+    done = subprocess.run([*SANITIZED, "-c", mistake], capture_output=True, text=True, timeout=60, check=False)
+    assert said in done.stderr
+
+
+def test_what_is_left_behind_is_seen() -> None:
+    before, end = held(), threading.Event()
+    thread = threading.Thread(target=end.wait, name="forgotten")
+    thread.start()
+    with HostDriver(1 << 20):
+        assert held() - before == {"thread forgotten": 1, "memfd of a host driver": 1}
+        end.set()
+        thread.join()
+    assert not held() - before
