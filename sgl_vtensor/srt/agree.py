@@ -11,10 +11,12 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch.distributed
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import broadcast_pyobj
@@ -25,6 +27,8 @@ BOARD_FOLDER = "/dev/shm"
 NUM_DIGESTS = 64
 LAUNCHES_BEHIND = 8
 """Ranks run at most a launch or two apart: so far back, all have written what they decided."""
+COMPARE_LAUNCHES = 8
+"""How often ranks compare their running hashes. It divides the two numbers above."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,17 @@ class Decision:
 
 
 class Ranks:
-    """The board: for each rank of one server, what it can back and what it has decided lately."""
+    """The board: for each rank of one server, what it can back and what it has decided so far.
 
-    def __init__(self, rank: int, board: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    Args:
+        every_launch: compare at each, to name the one at which ranks differ (debug mode).
+    """
+
+    def __init__(self, rank: int, board: np.ndarray[Any, np.dtype[np.int64]], *, every_launch: bool = False) -> None:
         self.rank = rank
+        self.launches_compared = 0
+        self._every = 1 if every_launch else COMPARE_LAUNCHES
+        self._digest = 0
         self._possible = board[:, 0]
         self._digests = board[:, 1:].reshape(len(board), NUM_DIGESTS, 2)
 
@@ -53,14 +64,23 @@ class Ranks:
         """How many pages every rank could have in use."""
         return int(self._possible.min())
 
-    def compare(self, launch: int, digest: int) -> None:
-        """Write what this rank decided for a launch, and compare what all decided a few launches ago.
+    def note(self, launch: int, *decided: npt.NDArray[np.int64]) -> None:
+        """Take what this rank decided for a launch into its running hash, and now and then compare all ranks' hashes.
+
+        A difference stays in the hash, so that launches between two comparisons are compared, too.
 
         Raises:
-            VTensorError: a rank decided otherwise.
+            VTensorError: a rank decided otherwise. Going on would hang in a collective, or answer wrongly.
         """
+        for part in decided:
+            self._digest = zlib.crc32(np.ascontiguousarray(part), self._digest)
+        if launch % self._every == 0:
+            self._compare(launch)
+
+    def _compare(self, launch: int) -> None:
+        """Write this rank's hash, and compare what all ranks wrote a few launches ago."""
         mine = self._digests[self.rank]
-        mine[launch % NUM_DIGESTS] = 0, digest
+        mine[launch % NUM_DIGESTS] = 0, self._digest
         mine[launch % NUM_DIGESTS, 0] = launch  # last: the digest counts once its launch is there
         past = launch - LAUNCHES_BEHIND
         if past <= 0:
@@ -69,11 +89,12 @@ class Ranks:
         others = np.flatnonzero((written[:, 0] == past) & (written[:, 1] != mine[past % NUM_DIGESTS, 1]))
         if others.size:
             raise VTensorError(
-                f"ranks {self.rank} and {int(others[0])} decided differently at launch {past}; please report this"
+                f"ranks {self.rank} and {int(others[0])} decided differently by launch {past}; please report this"
             )
+        self.launches_compared = past
 
 
-def join_ranks() -> Ranks | None:
+def join_ranks(*, every_launch: bool) -> Ranks | None:
     """Make the board of this server together with its other ranks; None where there is only one."""
     parallel = get_parallel()
     if parallel.tp_size == 1:
@@ -91,4 +112,5 @@ def join_ranks() -> Ranks | None:
     torch.distributed.barrier(group.cpu_group)
     if parallel.tp_rank == 0:
         os.unlink(path)  # all have it: nothing is left behind, whoever is killed
-    return Ranks(parallel.tp_rank, np.frombuffer(memory, dtype=np.int64).reshape(parallel.tp_size, -1))
+    board = np.frombuffer(memory, dtype=np.int64).reshape(parallel.tp_size, -1)
+    return Ranks(parallel.tp_rank, board, every_launch=every_launch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -149,16 +148,15 @@ class Runtime:
         self._copy_pages()
         if self._checker is not None:
             self._checker.check(batch)
-            if self.policy.ranks is not None:
-                self.policy.ranks.compare(self.pool.epochs.launched + 1, self._digest(batch))
+        if self.policy.ranks is not None:
+            self.policy.ranks.note(self.pool.epochs.launched + 1, *self._decided(batch))
         self._batch_rows = self.pool.row_of_slot[slots]
 
-    def _digest(self, batch: Any) -> int:
-        """What all ranks must have decided alike for this launch."""
-        lens = batch.req_pool_indices_cpu.tolist(), batch.seq_lens_cpu.tolist(), batch.forward_mode.name
-        tree = batch.tree_cache
-        books = self.pool.pages.num_in_use, tree.evictable_size(), tree.protected_size()
-        return zlib.crc32(repr((lens, books)).encode())
+    def _decided(self, batch: Any) -> tuple[npt.NDArray[np.int64], ...]:
+        """What all ranks must have decided alike for this launch. Page ids are not: each rank's driver has its say."""
+        tree, mode = batch.tree_cache, int(batch.forward_mode)
+        books = np.array([mode, self.pool.pages.num_in_use, tree.evictable_size(), tree.protected_size()])
+        return batch.req_pool_indices_cpu.numpy(), batch.seq_lens_cpu.numpy(), books
 
     def end_launch(self, batch: Any) -> None:
         """On the forward stream, behind the launch. Rows that will be worth it are mapped while the GPU computes."""
@@ -244,6 +242,8 @@ class Runtime:
             "pages_evicted_by_limit": self.policy.pages_evicted_by_limit,
             "pages_evicted_by_age": self.policy.pages_evicted_by_age,
             "reserve_pages": self.policy.reserve_pages,
+            "launches": self.pool.epochs.launched,
+            "launches_compared": self.policy.ranks.launches_compared if self.policy.ranks else 0,
             "page_tokens": layout.page_tokens,
             "token_stride_bytes": layout.token_stride_bytes,
             "page_bytes": layout.page_bytes,
@@ -272,7 +272,7 @@ def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
         num_rows=num_rows,
         max_mappings=_max_mappings(pages.driver.name, pages.num_pages, pages.layout.num_pages(slots.max_context_len)),
     )
-    policy = MemoryPolicy(pool, config, ranks=join_ranks())
+    policy = MemoryPolicy(pool, config, ranks=join_ranks(every_launch=config.debug))
     allocator.attach(pool, policy)
     runner.vtensor = Runtime(pool, allocator, policy, config, dense_capacity=runner.max_total_num_tokens)
     runner.vtensor.zero_fresh_pages()

@@ -305,17 +305,24 @@ def test_a_rank_whose_memory_a_neighbour_took_waits_for_it(world: World, monkeyp
     assert policy.decide(world.tree, 1e9) == Decision(3, 0), "and says so to the others"
 
 
-def test_ranks_that_decide_differently_are_found() -> None:
+@pytest.mark.parametrize("every_launch", [True, False])
+def test_ranks_that_decide_differently_are_found(every_launch: bool) -> None:
+    """Also by a launch between two comparisons; and what comes later cannot hide it."""
     board = np.zeros((2, 1 + 2 * NUM_DIGESTS), dtype=np.int64)
-    one, two = Ranks(0, board), Ranks(1, board)
-    for launch in range(1, 200):
-        one.compare(launch, launch * 7)
-        two.compare(launch, launch * 7)
-    one.compare(200, 1)
-    two.compare(200, 2)
-    with pytest.raises(VTensorError, match="ranks 0 and 1 decided differently at launch 200"):
-        for launch in range(201, 220):
-            one.compare(launch, launch)
+    one, two = (Ranks(rank, board, every_launch=every_launch) for rank in (0, 1))
+
+    def launch(number: int, *, differs: bool = False) -> None:
+        lens = np.arange(number, number + 5)
+        one.note(number, lens, lens * 2)
+        two.note(number, lens, lens * 2 + differs)
+
+    for number in range(1, 201):
+        launch(number)
+    assert one.launches_compared == two.launches_compared == 192
+    found = 203 if every_launch else 208
+    with pytest.raises(VTensorError, match=f"ranks 0 and 1 decided differently by launch {found}"):
+        for number in range(201, 230):
+            launch(number, differs=number == 203)
 
 
 def test_a_hungry_neighbour_gets_free_pages_and_old_prefixes(world: World) -> None:
