@@ -43,6 +43,7 @@ from sgl_vtensor.errors import VTensorError
 SHOWN = ("throughput", "output_rate", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "e2e_p50", "cached_share", "errors")
 RATIOS = ("throughput", "ttft_p50", "ttft_p99", "itl_p50")
 STATES = ("cold", "warm")
+SIZES = ("tp-size", "dp-size", "max-total-tokens")
 STOP_SECONDS = 15.0
 """Kept of the budget for stopping servers and writing."""
 LEAST_RUN_SECONDS = 5.0
@@ -95,7 +96,7 @@ class Comparison:
             servers = self._started(names)
             for server in list(servers):
                 try:
-                    server.wait(max(1.0, self.left_s))
+                    server.wait(max(1.0, min(self.left_s, self.options.start_seconds)))
                 except (VTensorError, RuntimeError) as error:
                     print(f"  {server.name} is left out: {error}", flush=True)
                     self.failed = True
@@ -204,7 +205,7 @@ class Comparison:
 
     def _record(self, server: Remote, workload: Workload, seed: int, state: str, run: Run) -> None:
         figures = summarize(run)
-        case = f"{workload.name} scale {self.options.scale:g} c{workload.users}{_pool(self.options.server_flags)}"
+        case = f"{workload.name} scale {self.options.scale:g} c{workload.users}{_setup(self.options)}"
         one = Measured(server.name, workload.name, case, state, seed, figures, by_turn(run))
         self.measured.append(one)
         with (self.options.out / "runs.jsonl").open("a") as file:
@@ -281,12 +282,13 @@ def _ratio(measured: list[Measured], server: str, baseline: str, metric: str) ->
     return f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
 
 
-def _pool(flags: list[str]) -> str:
-    """The pool's size where the flags limit it: figures of small pools are of evictions too."""
-    joined = [part for flag in flags for part in flag.split("=", 1)]
-    if "--max-total-tokens" not in joined[:-1]:
+def _setup(options: argparse.Namespace) -> str:
+    """What the flags say of the server's size: figures of small pools are of evictions too."""
+    if options.url:
         return ""
-    return f" max-total-tokens {joined[joined.index('--max-total-tokens') + 1]}"
+    flags = [part for flag in options.server_flags for part in flag.split("=", 1)]
+    named = [f"{name} {flags[flags.index(f'--{name}') + 1]}" for name in SIZES if f"--{name}" in flags[:-1]]
+    return " ".join(["", Path(options.model).name, *named])
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -320,6 +322,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="longest prompt, in tokens, whose first-token logprobs are compared; 0: none (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--budget-seconds", type=float, default=3600.0, help="for all of it (%(default)s)")
+    parser.add_argument("--start-seconds", type=float, default=600.0, help="for a group to start (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench-out/compare"), help="logs, plots, a copy of the rows")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("server_flags", nargs="*", help="flags for every server, after --")

@@ -4,76 +4,17 @@
 #
 #   OUT=DIR bench/gpu_session.sh [servers] [memcheck] [memory]      default: servers memcheck
 #
-# On a machine that has no SGLang, .gpu/ must have come along (bench/pack_gpu.sh). Steps are independent: each has its own
-# limit and log, and what there is goes to $OUT every 20 seconds, so that nothing is lost however this ends. In $OUT:
-# summary.txt, serving.csv and memory.csv (rows to append to those in bench/results), runs.jsonl, memcheck.log, logs.tar.gz and
-# caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a GPU it is a dry run on a tiny model.
-#   SESSION_SECONDS  for all of it (560)      PYTHON  (python3)      WORKLOADS  (gsp)      ROUNDS  (1)
-#   QUESTIONS  of memory.py (all)      SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
+# bench/session.sh says how steps are run. In $OUT: summary.txt, serving.csv and memory.csv (rows to append to those in
+# bench/results), runs.jsonl, memcheck.log, logs.tar.gz and caches.tar.gz (put into .gpu/, it saves compiling at the next
+# start). Without a GPU it is a dry run on a tiny model.
+#   WORKLOADS  (gsp)      ROUNDS  (1)      QUESTIONS  of memory.py (all)      SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
 set -u
 cd "$(dirname "$0")/.." || exit 1
-out=$(realpath -m "${OUT:?where the results are to go}")
-mkdir -p "$out"
-work=$(mktemp -d /tmp/gpu-session.XXXXXX)
-limit_s=${SESSION_SECONDS:-560}
 steps=${*:-servers memcheck}
 memcheck_s=80
-status=0
+source bench/session.sh
 
-left() { echo $((limit_s - SECONDS)); }
-say() { echo "[$SECONDS s] $*" >> "$work/summary.txt"; echo "[$SECONDS s] $*"; }
-
-pack() { # files are moved into place whole, so that a kill never leaves half of one
-  local new=$work/.$BASHPID.new file
-  (cd "$work" && tar czf "$new" --exclude='*-llama' -- * 2> /dev/null)
-  [ $? -gt 1 ] || mv "$new" "$out/logs.tar.gz" # 1: a log grew meanwhile
-  for file in summary.txt memcheck.log servers/serving.csv servers/runs.jsonl memory/memory.csv; do
-    if [ -f "$work/$file" ]; then cp "$work/$file" "$new" && mv "$new" "$out/$(basename "$file")"; fi
-  done
-}
-
-step() { # NAME SECONDS COMMAND...: a log of its own, and a limit of its own within what is left
-  local name=$1 most=$2 code begin=$SECONDS
-  shift 2
-  [ "$(left)" -ge "$most" ] || most=$(left)
-  if [ "$most" -lt 20 ]; then
-    say "$name: left out, $most s are left"
-    status=1
-    return
-  fi
-  say "$name: begins, $most s at most"
-  timeout --signal=TERM --kill-after=15 "$most" "$@" > "$work/$name.log" 2>&1
-  code=$?
-  say "$name: exit status $code after $((SECONDS - begin)) s"
-  [ $code -eq 0 ] || status=1
-  tail -n 45 "$work/$name.log" | cut -c1-400 > "$work/.end"
-  cat "$work/.end" >> "$work/summary.txt"
-  cat "$work/.end"
-  pack
-}
-
-# A wait without a child, which would hold our output open after we have ended.
-(while ! read -rt 20; do pack; done) <> <(:) > /dev/null 2>&1 &
-packer=$!
-finish() {
-  kill $packer 2> /dev/null
-  wait $packer 2> /dev/null
-  if [ -d /tmp/sgjit ]; then
-    (cd /tmp && tar czf "$work/.caches.tar.gz" sgjit tricache fi 2> /dev/null)
-    if [ "$(stat -c %s "$work/.caches.tar.gz")" -lt 16000000 ]; then mv "$work/.caches.tar.gz" "$out/caches.tar.gz"; fi
-  fi
-  pack
-  rm -rf "$work"
-}
-trap finish EXIT
-trap 'say "told to end"; exit 143' TERM INT
-
-if [ -f .gpu/env.sh ] && command -v nvidia-smi > /dev/null; then
-  source .gpu/env.sh
-  say "the site is unpacked"
-fi
-python=${PYTHON:-python3}
-if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then
+if [ "$num_gpus" -gt 0 ]; then
   # Prefill CUDA graphs are off but for the last server: --name+FLAG=VALUE of bench/servers.py.
   off=+cuda-graph-backend-prefill=disabled
   groups=(--group "stock-fa3$off" "vtensor-auto$off" --group "stock-triton$off" "vtensor-triton$off"
@@ -89,9 +30,7 @@ if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then
   memory_flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --mem-fraction-static 0.85
     --skip-server-warmup --cuda-graph-max-bs-decode 64 --cuda-graph-backend-prefill disabled)
   model=(--model "${MODEL:-.gpu/llama8b}")
-  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader >> "$work/summary.txt"
 else
-  say "no GPU: a dry run"
   groups=(--group stock-default vtensor-auto --group vtensor-auto+vtensor-kernel=torch)
   flags=()
   memory_flags=()

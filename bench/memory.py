@@ -1,13 +1,14 @@
 """What memory a server takes over time, and whether it lets go: one table, and for each question a CSV and a plot.
 
-    python bench/memory.py --model DIR [--ask curve limit neighbour pair] [--budget-seconds 560] [--out DIR] -- FLAGS
+    python bench/memory.py --model DIR [--ask limit pair ...] [--budget-seconds 560] [--out DIR] -- FLAGS
 
 curve       users come (1, 8, 32), stay a while, and leave: the whole GPU's memory, on vTensor memory and on stock
 limit       under load the limit falls to a sixth and rises again, ten times: how soon memory follows, what fails
 neighbour   under load another process takes 30 GB of the GPU, twice: what fails, what it costs
 pair        two servers on one GPU have their bursts in turn: with limits of a half each, and sharing all of it
+replicas    --dp-size 2, a GPU each: one load, the limit lowered under it; what top and limit say of each replica
 
-Memory is NVML's for the whole GPU; without a GPU it is what the host driver has taken, and neighbour is left out.
+Memory is NVML's for all GPUs, whole; without a GPU it is what the host driver has taken, and neighbour is left out.
 Rows go to bench/results/memory.csv where there is a GPU, and to --out in any case.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -37,13 +39,14 @@ from plots import line_plot
 from results import Results
 from servers import Remote, Server
 
+from sgl_vtensor.cli.main import main as sgl_vtensor
 from sgl_vtensor.cli.server import free_port
 from sgl_vtensor.cli.smollm2 import smollm2
 from sgl_vtensor.cli.tiny_model import TinyLlama
 from sgl_vtensor.errors import VTensorError
 
 GIB = 1 << 30
-QUESTIONS = ("curve", "limit", "neighbour", "pair")
+QUESTIONS = ("curve", "limit", "neighbour", "pair", "replicas")
 WATCH_SECONDS = 0.25
 BEFORE_SECONDS = 3.0
 """From when a load begins to what is done to it."""
@@ -92,8 +95,7 @@ class Watch(threading.Thread):
         return time.monotonic() - self._begin
 
     def look(self) -> Look:
-        figures = [server.vtensor() for server in self.servers]
-        figures = [one for one in figures if one]
+        figures = [one for server in self.servers for one in server.replicas()]
         backed = sum(one["physical_bytes"] for one in figures)
         return Look(
             self.now_s,
@@ -119,17 +121,18 @@ class Watch(threading.Thread):
 
 
 def _device_bytes() -> Callable[[], int] | None:
-    """NVML's figure of what is used on the first GPU, by whomever."""
+    """NVML's figure of what is used on all GPUs, by whomever."""
     if not torch.cuda.is_available():
         return None
     try:
         import pynvml
     except ImportError:
-        ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-        return lambda: int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout) << 20
+        ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        said = lambda: subprocess.run(ask, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        return lambda: sum(int(line) << 20 for line in said().splitlines())
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+    return lambda: sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
 
 
 class Questions:
@@ -238,7 +241,33 @@ class Questions:
                     self.note(_joined(chosen), f"pair, {part}", impl)
                 self.row_of(watch.looks, "pair", impl)
 
+    def replicas(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+            print("replicas: left out, it needs two GPUs")
+            return
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
+        name = "vtensor-auto+dp-size=2"
+        with self.servers(name) as (server,), self.watched("replicas", name, [server]) as watch:
+            with ThreadPoolExecutor(1) as executor:
+                loading = executor.submit(self.load, server, self.workload(32, sessions=96))
+                time.sleep(BEFORE_SECONDS)
+                for command in ("top --once --json", "limit 25%", "top --once", "limit 100%"):
+                    self.command(server, *command.split())
+                run = loading.result()
+            self.note(run, "two replicas", name)
+            self.row_of(watch.looks, "two replicas", name)
+            if idle := [number for number, one in enumerate(server.replicas()) if not one["tokens_computed"]]:
+                print(f"  replicas {idle} had nothing to do")
+                self.failed = True
+            server.flush()
+            self.command(server, "limit")
+
     # How they are asked.
+
+    def command(self, server: Remote, name: str, *words: str) -> None:
+        """Run ``sgl-vtensor`` on the server; what it says is in the log."""
+        print(f"  $ sgl-vtensor {' '.join((name, *words))}", flush=True)
+        self.failed |= bool(sgl_vtensor([name, server.url, *words]))
 
     @contextmanager
     def servers(self, *names: str) -> Iterator[list[Server]]:

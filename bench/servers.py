@@ -97,11 +97,14 @@ class Remote:
             found: dict[str, Any] = json.load(answer)
         return found
 
+    def replicas(self) -> list[dict[str, Any]]:
+        """The vtensor figures of each replica; empty for a stock server."""
+        states = self.info().get("internal_states") or []
+        return [state["vtensor"] for state in states if state.get("vtensor")]
+
     def vtensor(self) -> dict[str, Any]:
-        """The server's vtensor figures; empty for a stock server."""
-        states = self.info().get("internal_states") or [{}]
-        section: dict[str, Any] = states[0].get("vtensor") or {}
-        return section
+        """The server's vtensor figures, of its first replica; empty for a stock server."""
+        return next(iter(self.replicas()), {})
 
     def errors(self) -> list[str]:
         """Lines of the log that report a failure; of a log that is not ours, none."""

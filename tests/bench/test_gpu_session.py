@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -54,8 +56,66 @@ def test_steps_by_name_and_without_time(tmp_path: Path) -> None:
     assert status == 1 and "memcheck: left out" in text and "no step nothing" in text
 
 
+TWO_GPUS = """#!/bin/bash
+case "$*" in
+  *--list-gpus*) echo "GPU 0: NVIDIA H100"; echo "GPU 1: NVIDIA H100" ;;
+  *memory*) echo 81559 ;;
+esac
+"""
+ALL_REDUCE_FAILS = """#!/bin/bash
+# No server starts with SGLang's own all-reduce.
+case "$*" in
+  -*) exec python3 "$@" ;;
+esac
+env | grep -E '^(NCCL_NVLS|TORCH_SYMM_MEM|NVSHMEM|SGLANG_OPT)'
+echo "$*"
+case "$*" in
+  *compare.py*--disable-custom-all-reduce*)
+    while [ "$1" != --out ]; do [ "$1" != --model ] || cat "$2/config.json"; shift; done
+    mkdir -p "$2" && printf 'date,case\nrow,%s\n' "$(basename "$2")" > "$2/serving.csv" ;;
+  *compare.py*) exit 3 ;;
+esac
+"""
+
+
+def test_two_gpus_where_only_nccl_reduces(tmp_path: Path) -> None:
+    """Each question is asked again with NCCL's all-reduce, once; multicast stays off; the large model has its shape."""
+    programs = {"python": ALL_REDUCE_FAILS, "nvidia-smi": TWO_GPUS}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "bench").mkdir()
+    for name in ("session.sh", "gpu_parallel.sh"):
+        shutil.copy(ROOT / "bench" / name, tmp_path / "bench")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps({"num_hidden_layers": 32, "head_dim": 128}))
+    done = subprocess.run(
+        [tmp_path / "bench/gpu_parallel.sh", "pair", "replicas", "large"],
+        env={
+            **os.environ,
+            "OUT": str(tmp_path / "out"),
+            "PYTHON": str(tmp_path / "python"),
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "MODEL": str(tmp_path / "model"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    said = done.stdout
+    assert [said.count(f"{name}: begins") for name in ("pair", "replicas", "large")] == [2, 1, 1]
+    for variable in ("NCCL_NVLS_ENABLE=0", "TORCH_SYMM_MEM_DISABLE_MULTICAST=1", "NVSHMEM_DISABLE_NVLS=1",
+                     "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2=0"):  # fmt: skip
+        assert said.count(variable) == 4, variable
+    assert "--group stock-fa3 vtensor-auto" in said and "--group stock-fa3 --group vtensor-auto" in said
+    assert said.count("-- --tp-size 2") == 3
+    assert '"num_hidden_layers": 40' in said and "llama70b-40-of-80-layers" in said
+    assert (tmp_path / "out/serving.csv").read_text().splitlines() == ["date,case", "row,large", "row,pair"]
+    assert done.returncode == 1, "the first attempt failed, and that is told"
+
+
 def test_the_scripts_are_bash() -> None:
-    for name in ("gpu_session.sh", "pack_gpu.sh"):
+    for name in ("session.sh", "gpu_session.sh", "gpu_parallel.sh", "pack_gpu.sh"):
         subprocess.run(["bash", "-n", ROOT / "bench" / name], check=True)
 
 
