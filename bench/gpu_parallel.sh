@@ -1,7 +1,7 @@
 #!/bin/bash
 # What is to be seen on two GPUs: tensor parallelism and replicas, on vTensor memory and stock.
 #
-#   OUT=DIR bench/gpu_parallel.sh [pair] [soak] [replicas] [large]      default: all, as far as there is time
+#   OUT=DIR bench/gpu_parallel.sh [STEP ...]      default: all, in this order, as far as there is time
 #
 # pair       Llama-8B shape, --tp-size 2: two servers side by side on the same two GPUs, stock fa3 and vtensor-auto, decode
 #            graphs and overlap on; chats and agents in turn. Ranks compare their decisions at every eighth launch.
@@ -9,13 +9,15 @@
 # replicas   --dp-size 2: one load, the limit lowered under it, top and limit of each replica (bench/memory.py)
 # large      a 70B shape at --tp-size 2, stock fa3 and then vtensor-auto. 80 layers are 141 GB: on 80 GB cards 40 of them
 #
-# In ten minutes there is time for two or three of these: pair and soak, then replicas and large. bench/session.sh says how
+# answers    first-token logprobs at --tp-size 2 against stock's, of a small random model for which the prompt matters
+#
+# In ten minutes there is time for two or three of these: pair and soak, then replicas, large and answers. bench/session.sh says how
 # steps are run. In $OUT, beside what gpu_session.sh leaves: gpus.csv, each GPU's memory in use, second by second.
 #   WORKLOADS  of pair and large (chat agent)     PAIR_SECONDS  (300)     SOAK_SECONDS  (150)
 #   LAYERS  of large: above 40 on 80 GB cards with a small pool, and no more than its weights leave
 set -u
 cd "$(dirname "$0")/.." || exit 1
-steps=${*:-pair soak replicas large}
+steps=${*:-pair soak replicas large answers}
 source bench/session.sh
 
 # A program that uses NVLink multicast can put GPUs that others share out of service. SGLang's own all-reduce is the older
@@ -30,15 +32,17 @@ if [ "$num_gpus" -ge 2 ]; then
   nvidia-smi topo -m >> "$work/summary.txt" 2>&1
   nvidia-smi --query-gpu=timestamp,index,memory.used --format=csv,noheader,nounits -l 1 > "$work/gpus.csv" 2>&1 &
   helpers+=($!)
-  flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --skip-server-warmup
+  dummy=(--load-format dummy)
+  flags=(--sampling-backend pytorch --grammar-backend none --skip-server-warmup
     --cuda-graph-max-bs-decode 64 --cuda-graph-backend-prefill disabled)
   model=(--model "${MODEL:-.gpu/llama8b}")
+  random=(--model random --tokenizer "${MODEL:-.gpu/llama8b}")
   stock=stock-fa3
   pool=(--mem-fraction-static 0.8 --max-total-tokens 200000)
   small=(--mem-fraction-static 0.8 --max-total-tokens 60000)
 elif [ "$num_gpus" -eq 0 ]; then
   export SGLANG_CPU_OMP_THREADS_BIND="0|$(($(nproc) > 1 ? 1 : 0))" OMP_NUM_THREADS=1
-  flags=() model=() pool=() small=() large=()
+  dummy=() flags=() model=() random=() pool=() small=() large=() large_model=()
   stock=stock-default
 else
   say "one GPU: these questions need two"
@@ -52,8 +56,8 @@ used() { # what each GPU holds now, in MiB
 compare() { # NAME SECONDS ARGUMENTS... -- FLAGS...: and once more with NCCL's all-reduce if no server could be measured
   local name=$1 most=$2
   shift 2
-  step "$name" "$most" "$python" bench/compare.py "${model[@]}" --rounds 1 --workload ${WORKLOADS:-chat agent} \
-    --start-seconds 240 --budget-seconds "$(budget "$most")" --out "$work/$name" "$@" "${flags[@]}" "${all_reduce[@]}"
+  step "$name" "$most" "$python" bench/compare.py --rounds 1 --start-seconds 240 --budget-seconds "$(budget "$most")" \
+    --out "$work/$name" "$@" "${flags[@]}" "${all_reduce[@]}"
   if [ ! -s "$work/$name/serving.csv" ] && [ "$num_gpus" -gt 0 ] && [ ${#all_reduce[@]} -eq 0 ]; then
     all_reduce=(--disable-custom-all-reduce)
     compare "$name" "$most" "$@"
@@ -64,7 +68,7 @@ budget() { # of SECONDS for a command that ends in order by itself, within what 
   echo $((($1 < $(left) ? $1 : $(left)) - 15))
 }
 
-large_model() { # the shape of Llama-3-70B, with the small model's vocabulary and tokenizer
+write_large_model() { # the shape of Llama-3-70B, with the small model's vocabulary and tokenizer
   local gib=$(($(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits --id=0) >> 10)) layers
   layers=${LAYERS:-$((gib > 120 ? 80 : 40))}
   large=(--mem-fraction-static "$([ "$gib" -gt 120 ] || [ "$layers" -le 40 ] && echo 0.85 || echo 0.93)")
@@ -78,28 +82,37 @@ config |= {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads
 path.write_text(json.dumps(config | {"num_hidden_layers": layers}))
 path.parent.rename(path.parent.with_name(f"llama70b-{layers}-of-80-layers"))
 PYTHON
-  model=(--model "$(ls -d "$work"/llama70b-*)")
+  large_model=(--model "$(ls -d "$work"/llama70b-*)")
 }
 
 for name in $steps; do
   used "before $name"
   case $name in
     pair)
-      compare pair "${PAIR_SECONDS:-300}" --group "$stock" vtensor-auto -- --tp-size 2 "${pool[@]}"
+      compare pair "${PAIR_SECONDS:-300}" "${model[@]}" --group "$stock" vtensor-auto --longest-probe 0 \
+        --workload ${WORKLOADS:-chat agent} -- --tp-size 2 "${dummy[@]}" "${pool[@]}"
       ;;
     soak)
-      step soak $((${SOAK_SECONDS:-150} + 220)) "$python" bench/soak.py
+      soak_s=${SOAK_SECONDS:-150}
+      step soak $((soak_s + 220)) "$python" bench/soak.py "${model[@]}" --debug --seconds "$soak_s" \
+        --budget-seconds "$(budget $((soak_s + 220)))" --out "$work/soak" -- --tp-size 2 "${dummy[@]}" "${flags[@]}" \
+        "${small[@]}" "${all_reduce[@]}"
       ;;
     replicas)
       step replicas 240 "$python" bench/memory.py "${model[@]}" --ask replicas --budget-seconds "$(budget 240)" \
-        --out "$work/replicas" -- "${flags[@]}" "${small[@]}"
+        --out "$work/replicas" -- "${dummy[@]}" "${flags[@]}" "${small[@]}"
       ;;
     large)
-      [ "$num_gpus" -eq 0 ] || large_model
-      compare large "$(left)" --group "$stock" --group vtensor-auto -- --tp-size 2 "${large[@]}"
+      [ "$num_gpus" -eq 0 ] || write_large_model
+      compare large 360 "${large_model[@]}" --group "$stock" --group vtensor-auto --longest-probe 0 \
+        --workload ${WORKLOADS:-chat agent} -- --tp-size 2 "${dummy[@]}" "${large[@]}"
+      ;;
+    answers)
+      compare answers 200 "${random[@]}" --group "$stock" vtensor-auto --workload shared-few --states cold \
+        --scale 0.02 -- --tp-size 2 "${small[@]}"
       ;;
     *)
-      say "no step $name; there are pair, soak, replicas and large"
+      say "no step $name; there are pair, soak, replicas, large and answers"
       status=1
       ;;
   esac

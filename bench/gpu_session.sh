@@ -7,7 +7,8 @@
 # bench/session.sh says how steps are run. In $OUT: summary.txt, serving.csv and memory.csv (rows to append to those in
 # bench/results), runs.jsonl, memcheck.log, logs.tar.gz and caches.tar.gz (put into .gpu/, it saves compiling at the next
 # start). Without a GPU it is a dry run on a tiny model.
-#   WORKLOADS  (gsp)      ROUNDS  (1)      QUESTIONS  of memory.py (all)      SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
+#   WORKLOADS  (gsp)      ROUNDS  (1)      QUESTIONS  of memory.py (all)
+#   SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
 set -u
 cd "$(dirname "$0")/.." || exit 1
 steps=${*:-servers memcheck}

@@ -71,8 +71,11 @@ env | grep -E '^(NCCL_NVLS|TORCH_SYMM_MEM|NVSHMEM|SGLANG_OPT)'
 echo "$*"
 case "$*" in
   *compare.py*--disable-custom-all-reduce*)
-    while [ "$1" != --out ]; do [ "$1" != --model ] || cat "$2/config.json"; shift; done
-    mkdir -p "$2" && printf 'date,case\nrow,%s\n' "$(basename "$2")" > "$2/serving.csv" ;;
+    while [ $# -gt 0 ]; do
+      [ "$1" != --out ] || { mkdir -p "$2"; printf 'date,case\\nrow,%s\\n' "$(basename "$2")" > "$2/serving.csv"; }
+      [ "$1" != --model ] || cat "$2/config.json" 2>&1
+      shift
+    done ;;
   *compare.py*) exit 3 ;;
 esac
 """
@@ -90,7 +93,7 @@ def test_two_gpus_where_only_nccl_reduces(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps({"num_hidden_layers": 32, "head_dim": 128}))
     done = subprocess.run(
-        [tmp_path / "bench/gpu_parallel.sh", "pair", "replicas", "large"],
+        [tmp_path / "bench/gpu_parallel.sh", "pair", "replicas", "large", "answers"],
         env={
             **os.environ,
             "OUT": str(tmp_path / "out"),
@@ -103,14 +106,19 @@ def test_two_gpus_where_only_nccl_reduces(tmp_path: Path) -> None:
         timeout=60,
     )
     said = done.stdout
-    assert [said.count(f"{name}: begins") for name in ("pair", "replicas", "large")] == [2, 1, 1]
+    assert [said.count(f"{name}: begins") for name in ("pair", "replicas", "large", "answers")] == [2, 1, 1, 1]
     for variable in ("NCCL_NVLS_ENABLE=0", "TORCH_SYMM_MEM_DISABLE_MULTICAST=1", "NVSHMEM_DISABLE_NVLS=1",
                      "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2=0"):  # fmt: skip
-        assert said.count(variable) == 4, variable
+        assert said.count(variable) == 5, variable
     assert "--group stock-fa3 vtensor-auto" in said and "--group stock-fa3 --group vtensor-auto" in said
-    assert said.count("-- --tp-size 2") == 3
+    assert said.count("-- --tp-size 2") == 4 and said.count("--load-format dummy") == 4
     assert '"num_hidden_layers": 40' in said and "llama70b-40-of-80-layers" in said
-    assert (tmp_path / "out/serving.csv").read_text().splitlines() == ["date,case", "row,large", "row,pair"]
+    assert (tmp_path / "out/serving.csv").read_text().splitlines() == [
+        "date,case",
+        "row,answers",
+        "row,large",
+        "row,pair",
+    ]
     assert done.returncode == 1, "the first attempt failed, and that is told"
 
 
