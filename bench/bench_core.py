@@ -10,24 +10,39 @@ from __future__ import annotations
 
 import argparse
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from results import Results
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.srt.agree import NUM_DIGESTS, Ranks
+from sgl_vtensor.srt.allocator import VTensorAllocator
+from sgl_vtensor.srt.memory import MemoryPolicy
+from sgl_vtensor.srt.prefix import PageRun, VTensorRadixCache
+from sgl_vtensor.srt.runtime import Runtime
 from sgl_vtensor.vmm.base import Allocation, DriverBase, Mapping, Reservation
 
 GRANULE_BYTES = 2 << 20
 PAGE_TOKENS = 64
 PREFIX_PAGES, OWN_PAGES = 64, 32
 NUM_PREFIXES = 16
+EVICTED_PAGES = 16
+"""What a decode step of 1 000 requests takes, on average, of pages of 64 tokens."""
 
 
 class NullDriver(DriverBase):
@@ -57,7 +72,7 @@ class NullDriver(DriverBase):
     def _unmap(self, address: int, mapping: Mapping) -> None: ...
 
     def _tensor(self, address: int, num_bytes: int) -> torch.Tensor:
-        raise NotImplementedError
+        return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
 
     def _memory_info(self) -> tuple[int, int]:
         return 1 << 50, 1 << 50
@@ -73,16 +88,22 @@ class Size:
     pages: int
     running: int
     context_tokens: int
+    leaves: int
+    """Of the tree of cached prefixes."""
 
     def __str__(self) -> str:
-        return f"rows={self.rows} pages={self.pages} running={self.running} context={self.context_tokens}"
+        return (
+            f"rows={self.rows} pages={self.pages} running={self.running} context={self.context_tokens} "
+            f"leaves={self.leaves}"
+        )
 
 
 SIZES = (
-    Size(rows=512, pages=25_000, running=125, context_tokens=32_768),
-    Size(rows=4096, pages=100_000, running=125, context_tokens=131_072),
-    Size(rows=4096, pages=100_000, running=500, context_tokens=131_072),
-    Size(rows=4096, pages=100_000, running=1000, context_tokens=131_072),
+    Size(rows=512, pages=25_000, running=125, context_tokens=32_768, leaves=2_000),
+    Size(rows=4096, pages=100_000, running=125, context_tokens=131_072, leaves=2_000),
+    Size(rows=4096, pages=100_000, running=125, context_tokens=131_072, leaves=40_000),
+    Size(rows=4096, pages=100_000, running=500, context_tokens=131_072, leaves=40_000),
+    Size(rows=4096, pages=100_000, running=1000, context_tokens=131_072, leaves=40_000),
 )
 
 
@@ -152,6 +173,60 @@ class Load:
         pool.launch(None)
 
 
+class Surroundings:
+    """What ``srt`` does around the pool: launches of two ranks, looks at memory, figures, eviction under a limit."""
+
+    def __init__(self, load: Load, size: Size) -> None:
+        self.load, self.pool = load, load.pool
+        self.allocator: Any = VTensorAllocator.__new__(VTensorAllocator)
+        self.allocator.page_size, self.allocator.device = PAGE_TOKENS, torch.device("cpu")
+        self.allocator._pool, self.allocator._kvcache = self.pool, SimpleNamespace(pages=self.pool.pages)
+        self.allocator.copies, self.allocator.tokens_hit, self.allocator.tokens_computed = [], 0, 0
+        self.tree = VTensorRadixCache(CacheInitParams(False, None, self.allocator, PAGE_TOKENS))
+        config = VTensorConfig()
+        self.policy = MemoryPolicy(self.pool, config)
+        self.runtime = Runtime(self.pool, self.allocator, self.policy, config, dense_capacity=0)
+        self.runtime.can_read_homes = True
+        self.pool.take_fresh()
+        self.policy.ranks = Ranks(0, np.zeros((2, 1 + 2 * NUM_DIGESTS), dtype=np.int64))
+        self.next_token = 0
+        self.cache(size.leaves)
+
+    def cache(self, num_pages: int) -> None:
+        """Prefixes of one page each."""
+        for page in self.pool.pages.take_many(num_pages):
+            tokens = array("q", range(self.next_token, self.next_token + PAGE_TOKENS))
+            self.next_token += PAGE_TOKENS
+            self.tree.insert(
+                InsertParams(key=RadixKey(tokens), value=PageRun([page], PAGE_TOKENS), inserted_len=0, priority=0)
+            )
+
+    def launch(self) -> None:
+        slots = self.load.slots
+        batch = SimpleNamespace(
+            req_pool_indices_cpu=torch.from_numpy(slots),
+            seq_lens_cpu=torch.from_numpy(self.load.lens[slots]),
+            forward_mode=ForwardMode.DECODE,
+            tree_cache=self.tree,
+            chunked_req=None,
+        )
+        self.runtime.begin_launch(batch)
+        self.runtime.end_launch(batch)
+
+    def look(self) -> None:
+        """Twice a second: the device's free memory, and the age of the cache."""
+        self.policy.decide(self.tree, time.monotonic() + 1e6)
+
+    def figures(self) -> None:
+        """Once a second, for ``/metrics``."""
+        self.runtime.stats(self.tree)
+
+    def evict(self) -> None:
+        """A step's pages, while the limit is reached."""
+        if not self.allocator.secure(EVICTED_PAGES, self.tree):
+            raise SystemExit("nothing was evicted")
+
+
 def timed(call: Callable[[], None]) -> float:
     start = time.perf_counter_ns()
     call()
@@ -167,12 +242,26 @@ def main() -> None:
     results = None if options.no_record else Results("core", options.out)
     for size in SIZES:
         load = Load(size)
-        times: dict[str, list[float]] = {"admit": [], "decode_step": [], "free": []}
+        around = Surroundings(load, size)
+        times: dict[str, list[float]] = {}
+
+        def note(name: str, call: Callable[[], None], times: dict[str, list[float]] = times) -> None:
+            times.setdefault(name, []).append(timed(call))
+
         for step in range(options.steps):
-            times["decode_step"].append(timed(load.decode))
+            note("decode_step", load.decode)
+            note("launch", around.launch)
             slot = int(load.slots[step % size.running])
-            times["free"].append(timed(partial(load.free, slot)))
-            times["admit"].append(timed(partial(load.admit, slot)))
+            note("free", partial(load.free, slot))
+            note("admit", partial(load.admit, slot))
+            if step % 10 == 0:
+                around.policy._next_decision = 0.0
+                note("look", around.look)
+                note("figures", around.figures)
+                around.pool.pages.limit_pages = around.pool.pages.num_in_use
+                note("evict", around.evict)
+                around.pool.pages.limit_pages = size.pages
+                around.cache(EVICTED_PAGES)
         for name, values in times.items():
             low, middle, high = np.percentile(values, (20, 50, 80))
             print(f"{size!s:60} {name:12} {middle:9.1f} us  ({low:.1f} to {high:.1f})", flush=True)

@@ -8,7 +8,8 @@ is always backed and never handed out.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -205,16 +206,14 @@ class Pages:
         if self.freed is not None:
             self.freed.append(page)
 
-    def releasable(self, keep_pages: int, settled_epoch: int) -> list[int]:
-        """Free backed pages beyond ``keep_pages`` that no launch can read any more, the longest free first."""
+    def releasable(self, keep_pages: int, settled_epoch: int) -> Iterator[int]:
+        """Free backed pages beyond ``keep_pages`` that no launch can read any more, the longest free first.
+
+        They are looked for one by one, so that a few cost little where many are free; nothing may change meanwhile.
+        """
         surplus = len(self._free_backed) - keep_pages
-        chosen: list[int] = []
-        for page, epoch in self._free_backed.items():
-            if len(chosen) >= surplus:
-                break
-            if epoch <= settled_epoch:
-                chosen.append(page)
-        return chosen
+        settled = (page for page, epoch in self._free_backed.items() if epoch <= settled_epoch)
+        return islice(settled, max(surplus, 0))
 
     def release(self, page: int) -> None:
         """Give a free page's physical memory back. It must not be mapped in any row (``Rows.forget``)."""

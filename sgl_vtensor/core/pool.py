@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +83,11 @@ class VTensorPool:
         self.num_wanted = np.zeros(num_slots + 1, dtype=np.int64)
         self.num_synced = np.zeros(num_slots + 1, dtype=np.int64)
         self.row_of_slot = np.full(num_slots + 1, PADDING_ROW, dtype=np.int32)
+        self.num_open = 0
+        """Requests that are running."""
+        self._num_having = np.zeros(pages.num_pages + 1, dtype=np.int32)  # how many running requests have each page
+        self.pages_running = self.pages_shared = self.pages_seen = 0
+        """As in ``PoolStats``."""
 
     # The life of a request.
 
@@ -95,6 +102,8 @@ class VTensorPool:
         self.num_synced[slot] = 0
         self.row_of_slot[slot] = row
         self.rows.claimed[row] = len(prefix)
+        self.num_open += 1
+        self._count(prefix, 1)
         return row
 
     def is_open(self, slot: int) -> bool:
@@ -132,6 +141,7 @@ class VTensorPool:
                 rest.append((slot, position))
         for (slot, position), page in zip(rest, self.pages.take_many(len(rest)), strict=True):
             self.wanted[slot, position] = page
+        self._count(self.wanted[tuple(zip(*needs, strict=True))], 1)
         for slot, position in needs:
             self.num_wanted[slot] = position + 1
             self.rows.claimed[self.row_of_slot[slot]] = position + 1
@@ -163,11 +173,6 @@ class VTensorPool:
         """Whether the rows of these requests show all pages that they have."""
         return not self._behind(slots)
 
-    @property
-    def num_open(self) -> int:
-        """Requests that are running."""
-        return int(np.count_nonzero(self.row_of_slot))
-
     def _behind(self, slots: npt.ArrayLike) -> list[int]:
         """The requests among these whose rows may lack pages."""
         asked = np.asarray(slots, dtype=np.int64)
@@ -183,17 +188,22 @@ class VTensorPool:
         Returns the positions that changed.
         """
         row = int(self.row_of_slot[slot])
-        changed = []
+        changed: list[int] = []
+        duplicates: list[int] = []
         for position, page in enumerate(pages, start):
             duplicate = int(self.wanted[slot, position])
             if duplicate == page:
                 continue
             self.wanted[slot, position] = page
             changed.append(position)
+            duplicates.append(duplicate)
             if position < self.num_synced[slot]:
                 self.rows.keep_duplicate(row, position, duplicate)
             else:
                 self.free([duplicate])
+        if changed:
+            self._count(np.array(duplicates), -1)
+            self._count(self.wanted[slot, changed], 1)
         return changed
 
     def pages_of(self, slot: int, start: int, stop: int) -> list[int]:
@@ -212,6 +222,8 @@ class VTensorPool:
         row = int(self.row_of_slot[slot])
         if row == PADDING_ROW:
             return
+        self.num_open -= 1
+        self._count(self.wanted[slot, : self.num_wanted[slot]], -1)
         self.row_of_slot[slot] = PADDING_ROW
         self.num_wanted[slot] = 0
         self.num_synced[slot] = 0
@@ -241,16 +253,12 @@ class VTensorPool:
 
     def shrink(self, keep_pages: int, *, at_most: int | None = None) -> int:
         """Release free pages beyond ``keep_pages`` that no launch can read, ``at_most`` so many; returns how many."""
-        released = 0
-        for page in self.pages.releasable(keep_pages, self.epochs.settled):
-            if released == at_most:
-                break
-            if not self.rows.can_forget(page):
-                continue
+        releasable = self.pages.releasable(keep_pages, self.epochs.settled)
+        chosen = list(islice(filter(self.rows.can_forget, releasable), at_most))
+        for page in chosen:
             self.rows.forget(page)
             self.pages.release(page)
-            released += 1
-        return released
+        return len(chosen)
 
     def set_limit(self, num_pages: int) -> None:
         """Let so many pages be backed. What is backed beyond it goes by ``shrink``, as it becomes free.
@@ -307,27 +315,24 @@ class VTensorPool:
 
     # Figures.
 
-    def _counts(self) -> npt.NDArray[np.int64]:
-        """[num_pages + 1]: how many running requests have each page."""
-        counts: npt.NDArray[np.int64] = np.zeros(self.pages.num_pages + 1, dtype=np.int64)
-        for slot in np.flatnonzero(self.row_of_slot).tolist():
-            counts[self.wanted[slot, : self.num_wanted[slot]]] += 1
-        return counts
-
-    def pages_shared(self) -> int:
-        """Pages that more than one running request has."""
-        return int(np.count_nonzero(self._counts() > 1))
+    def _count(self, pages: npt.NDArray[np.integer[Any]], step: int) -> None:
+        """One more request has each of these pages (``step`` 1), or one fewer (-1): kept as it changes."""
+        fewer = self._num_having[pages] - (step < 0)
+        self._num_having[pages] += step
+        self.pages_seen += step * len(pages)
+        self.pages_running += step * int(np.count_nonzero(fewer == 0))
+        self.pages_shared += step * int(np.count_nonzero(fewer == 1))
 
     def stats(self) -> PoolStats:
-        pages, rows, counts = self.pages, self.rows, self._counts()
+        pages, rows = self.pages, self.rows
         return PoolStats(
             num_pages=pages.num_pages,
             pages_backed=pages.num_backed - 1,
             pages_free_backed=pages.num_free_backed,
             pages_in_use=pages.num_in_use,
-            pages_shared=int(np.count_nonzero(counts > 1)),
-            pages_running=int(np.count_nonzero(counts)),
-            pages_seen=int(counts.sum()),
+            pages_shared=self.pages_shared,
+            pages_running=self.pages_running,
+            pages_seen=self.pages_seen,
             pages_fenced=len(pages.fenced),
             rows_running=rows.num_running,
             rows_parked=rows.num_parked,

@@ -270,10 +270,7 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         return grow() or self._evict_until(grow, tree_cache)
 
     def _evict_until(self, succeeds: Callable[[], bool], tree_cache: Any, *, at_first: int = 1) -> bool:
-        """Evict the pages known to be missing, then one by one until a neighbour's hunger for memory is made good.
-
-        SGLang ranks all leaves anew in each call: page by page alone would take seconds with a large tree.
-        """
+        """Evict the pages known to be missing, then one by one until a neighbour's hunger for memory is made good."""
         num_pages = max(1, at_first)
         while tree_cache.evict(EvictParams(num_tokens=num_pages * self.page_size)).num_tokens_evicted > 0:
             if succeeds():

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 PAGES_RELEASED_AT_ONCE = 64
 """Giving back a page takes some tens of microseconds, and a batch may be waiting to be launched."""
 PAGES_CREATED_AT_ONCE = 8
+PAGES_EVICTED_AT_ONCE = 256
 LOOK_SECONDS = 0.5
 """How often the age of the cache and the device's free memory are looked at."""
 MARGIN_BYTES = 512 << 20
@@ -163,16 +164,13 @@ class MemoryPolicy:
 
     def _old_pages(self, tree_cache: Any, now: float, short: int) -> int:
         """How many cached pages are to go: those too old to keep, or, as far as memory is short, rather old ones."""
-        leaves = getattr(tree_cache, "evictable_leaves", ())
-        if not leaves:
+        if not hasattr(tree_cache, "old_pages"):  # the radix cache is switched off
             return 0
-
-        def older_than(seconds: float) -> int:
-            return sum(len(leaf.value.pages) for leaf in leaves if now - leaf.last_access_time > seconds)
-
-        surplus = tree_cache.evictable_size() // self.pool.layout.page_tokens - self._keep_pages
-        expired = older_than(self.config.cache_seconds) if self.config.cache_seconds and surplus > 0 else 0
-        return max(min(expired, surplus), min(short, older_than(NEIGHBOUR_SECONDS)) if short > 0 else 0)
+        expired = 0
+        if self.config.cache_seconds:
+            surplus = tree_cache.evictable_size() // self.pool.layout.page_tokens - self._keep_pages
+            expired = tree_cache.old_pages(now - self.config.cache_seconds, min(surplus, PAGES_EVICTED_AT_ONCE))
+        return max(expired, tree_cache.old_pages(now - NEIGHBOUR_SECONDS, min(short, PAGES_EVICTED_AT_ONCE)))
 
     def flushed(self) -> None:
         """The cache has been emptied by hand: its memory goes at once."""

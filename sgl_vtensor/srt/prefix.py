@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_left, insort
+from heapq import heappop, heappush, heapreplace
+from itertools import count
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.common import coalesce_ranges
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, register_radix_cache_backend
@@ -62,6 +64,12 @@ class VTensorRadixCache(RadixCache):
     token_to_kv_pool_allocator: VTensorAllocator
 
     def reset(self) -> None:
+        # Leaves by the time of their last use, as it was when they came in: times only grow, so that the first is not
+        # older than it says, and nobody needs to look at all of them. The count decides between equal times alike on
+        # all ranks.
+        self._by_age: list[tuple[float, int, TreeNode]] = []
+        self._aging: set[TreeNode] = set()
+        self._arrivals = count()
         super().reset()
         # (node, namespace) -> the first pages of its children, sorted: neighbours share the longest beginnings.
         self._first_pages: dict[tuple[int, str | None, str | None], list[tuple[int, ...]]] = {}
@@ -125,10 +133,64 @@ class VTensorRadixCache(RadixCache):
 
     def _delete_leaf(self, node: TreeNode) -> None:
         siblings = self._siblings(node)
-        siblings.remove(self._first_page(node))
+        del siblings[bisect_left(siblings, self._first_page(node))]
         if not siblings:
             del self._first_pages[node.parent.id, node.key.extra_key, node.key.cache_salt]
         super()._delete_leaf(node)
+
+    # Eviction. SGLang's looks at every leaf at each call: it is left to policies that are not the default one.
+
+    @property
+    def _is_lru(self) -> bool:
+        return self.eviction_policy == "lru"
+
+    def _update_leaf_status(self, node: TreeNode) -> None:
+        super()._update_leaf_status(node)
+        if self._is_lru and node in self.evictable_leaves and node not in self._aging:
+            self._push(node)
+
+    def _push(self, leaf: TreeNode) -> None:
+        self._aging.add(leaf)
+        heappush(self._by_age, (leaf.last_access_time, next(self._arrivals), leaf))
+
+    def _pop_oldest(self, used_before: float = float("inf")) -> TreeNode | None:
+        """Take out the evictable leaf that nobody asked for the longest, if its last use was before that time."""
+        while self._by_age and self._by_age[0][0] < used_before:
+            noted, _, leaf = self._by_age[0]
+            if leaf in self.evictable_leaves and leaf.last_access_time > noted:
+                heapreplace(self._by_age, (leaf.last_access_time, next(self._arrivals), leaf))
+                continue
+            heappop(self._by_age)
+            self._aging.remove(leaf)
+            if leaf in self.evictable_leaves:
+                return leaf
+        return None
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        if self.disable or not self._is_lru:
+            return super().evict(params)
+        start, evicted = time.perf_counter(), 0
+        while evicted < params.num_tokens and (leaf := self._pop_oldest()) is not None:
+            self.token_to_kv_pool_allocator.free_segment(leaf.value, start_pos=0)
+            evicted += len(leaf.value)
+            self._delete_leaf(leaf)
+            self.kv_events.record_remove(leaf)
+        self.update_eviction_metrics(evicted, start)
+        return EvictResult(num_tokens_evicted=evicted)
+
+    def old_pages(self, used_before: float, at_most: int) -> int:
+        """Pages that could go and were last used before that time (``time.monotonic``), as far as ``at_most``."""
+        at_most = max(0, at_most)
+        if not self._is_lru:
+            old = (leaf for leaf in self.evictable_leaves if leaf.last_access_time < used_before)
+            return min(sum(len(leaf.value.pages) for leaf in old), at_most)
+        found, num_pages = [], 0
+        while num_pages < at_most and (leaf := self._pop_oldest(used_before)) is not None:
+            found.append(leaf)
+            num_pages += len(leaf.value.pages)
+        for leaf in found:
+            self._push(leaf)
+        return min(num_pages, at_most)
 
     @property
     def pool(self) -> Any:

@@ -796,6 +796,13 @@ def check_tables(pool: VTensorPool, driver: HostDriver, owned: list[int]) -> Non
     high = np.where(rows.mapped.any(axis=1), rows.max_pages - (rows.mapped[:, ::-1] != 0).argmax(axis=1), 0)
     assert np.array_equal(high, rows._high), "the highest mapped positions are not those noted"
 
+    # Figures that are kept as they change.
+    open_slots = np.flatnonzero(pool.row_of_slot).tolist()
+    having = Counter(page for slot in open_slots for page in pool.wanted[slot, : pool.num_wanted[slot]].tolist())
+    shared = sum(count > 1 for count in having.values())
+    figures = (pool.num_open, pool.pages_seen, pool.pages_running, pool.pages_shared)
+    assert figures == (len(open_slots), having.total(), len(having), shared)
+
     # A running row shows what its request wants, or a fenced duplicate of it.
     for slot in np.flatnonzero(pool.row_of_slot).tolist():
         row, synced = int(pool.row_of_slot[slot]), int(pool.num_synced[slot])

@@ -159,17 +159,17 @@ def test_releasable_waits_for_launches_and_keeps_what_it_is_told(pages: Pages) -
     taken = pages.take_many(4)
     for epoch, page in enumerate(taken, 1):
         pages.free([page], epoch)
-    assert pages.releasable(0, settled_epoch=0) == []
-    assert pages.releasable(0, settled_epoch=2) == taken[:2]
-    assert pages.releasable(3, settled_epoch=2) == taken[:1]
-    assert pages.releasable(4, settled_epoch=9) == []
+    assert list(pages.releasable(0, settled_epoch=0)) == []
+    assert list(pages.releasable(0, settled_epoch=2)) == taken[:2]
+    assert list(pages.releasable(3, settled_epoch=2)) == taken[:1]
+    assert list(pages.releasable(4, settled_epoch=9)) == []
 
 
 def test_a_page_that_a_launch_zeroes_is_not_released_before_its_end(pages: Pages) -> None:
     assert pages.secure(2)
     assert set(pages.take_fresh(epoch=5)) == {PADDING_PAGE, 1, 2}
-    assert pages.releasable(0, settled_epoch=4) == []
-    assert pages.releasable(0, settled_epoch=5) == [1, 2]
+    assert list(pages.releasable(0, settled_epoch=4)) == []
+    assert list(pages.releasable(0, settled_epoch=5)) == [1, 2]
 
 
 def test_fresh_pages_are_named_once_and_not_after_their_release(pages: Pages) -> None:

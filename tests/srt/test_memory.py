@@ -47,6 +47,10 @@ class Tree:
     def evictable_size(self) -> int:
         return len(self.evictable_leaves) * PAGE_TOKENS
 
+    def old_pages(self, used_before: float, at_most: int) -> int:
+        old = sum(leaf.last_access_time < used_before for leaf in self.evictable_leaves)
+        return min(old, max(0, at_most))
+
     def supports_mamba(self) -> bool:
         return False
 
