@@ -23,6 +23,8 @@ from sgl_vtensor.errors import ConfigError
 
 GIB = 1 << 30
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
+MAPPING_BYTES = 550
+"""Host memory that one mapping takes, measured with 126 000 of them."""
 MAP_MICROSECONDS = 31
 """One mapping with access on an H100, whatever its size (design notes)."""
 
@@ -107,6 +109,7 @@ def figures(layout: KVLayout, geometry: Geometry, *, requests: int, memory_bytes
         "rows_bytes": num_rows * row_bytes,
         "homes_bytes": (num_pages + 1) * layout.page_bytes,
         "table_bytes": 4 * (num_rows + requests) * row_pages,
+        "most_mappings": num_pages + 1 + num_rows * row_pages,
         "fits": num_rows >= requests + 1,
     }
 
@@ -164,7 +167,9 @@ def run(
     console.print(
         f"{requests} requests of up to {geometry.context_tokens:,} tokens: {taken['num_rows'] - 1} rows of "
         f"{format_bytes(taken['row_bytes'])}, {taken['rows_bytes'] / (1 << 40):.2f} TiB of addresses (free of cost; at "
-        f"most {WINDOW_BYTES_MAX >> 40}), {format_bytes(taken['table_bytes'])} of tables."
+        f"most {WINDOW_BYTES_MAX >> 40}), {format_bytes(taken['table_bytes'])} of tables. At most "
+        f"{taken['most_mappings']:,} mappings, with all pages at home and all rows full: "
+        f"{format_bytes(MAPPING_BYTES * taken['most_mappings'])} of host memory."
     )
     if not taken["fits"]:
         console.print(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sgl_vtensor.cli.main import main
+from sgl_vtensor.cli.plan import MAPPING_BYTES
+from sgl_vtensor.config import format_bytes
 
 LLAMA_8B = {
     "num_hidden_layers": 32,
@@ -18,6 +21,8 @@ LLAMA_8B = {
     "max_position_embeddings": 131072,
     "torch_dtype": "bfloat16",
 }
+LLAMA_70B = LLAMA_8B | {"num_hidden_layers": 80, "num_attention_heads": 64, "hidden_size": 8192}
+SCALING = Path(__file__).parents[2] / "docs/scaling.md"
 SMOLLM2 = LLAMA_8B | {
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
@@ -66,6 +71,30 @@ def test_what_a_person_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     said = " ".join(capsys.readouterr().out.split())
     assert "= 131,072 B." in said and "128 tokens *" in said
     assert "lower --max-running-requests to 837" in said
+
+
+def worked_examples() -> list[list[str]]:
+    lines = [line for line in SCALING.read_text().splitlines() if re.match(r"\| \d+B `--", line)]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("cells", worked_examples(), ids=lambda cells: cells[0].replace("`", ""))
+def test_docs_scaling_has_what_plan_says(tmp_path: Path, capsys: pytest.CaptureFixture[str], cells: list[str]) -> None:
+    model, flags = cells[0].split(" ", 1)
+    found = plan(tmp_path, capsys, {"8B": LLAMA_8B, "70B": LLAMA_70B}[model], *flags.strip("`").split())
+    counts = [found[name] for name in ("token_stride_bytes", "page_tokens", "num_pages", "num_tokens", "num_rows")]
+    assert cells[1:] == [
+        *(f"{count:,}" for count in counts),
+        format_bytes(found["row_bytes"]),
+        f"{found['rows_bytes'] / (1 << 40):.2f} TiB",
+        format_bytes(found["table_bytes"]),
+        f"{found['most_mappings']:,}",
+        format_bytes(MAPPING_BYTES * found["most_mappings"]),
+    ]
+
+
+def test_docs_scaling_has_examples() -> None:
+    assert len(worked_examples()) >= 5
 
 
 @pytest.mark.parametrize(
