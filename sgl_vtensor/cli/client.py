@@ -14,8 +14,12 @@ KEY_VARIABLE = "SGLANG_API_KEY"
 TIMEOUT_SECONDS = 30.0
 
 
+class NotFound(VTensorError):
+    """The server has no such path."""
+
+
 class Client:
-    """One server.
+    """One server, or SGLang's router with servers behind it.
 
     Args:
         url: like ``http://127.0.0.1:30000``; the scheme may be left out.
@@ -25,6 +29,7 @@ class Client:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         self.api_key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
+        self._servers: list[Client] = []
 
     def get(self, path: str) -> Any:
         return self._ask(urllib.request.Request(self.url + path))
@@ -47,11 +52,26 @@ class Client:
         Raises:
             VTensorError: as for ``figures``.
         """
-        states = self.get("/server_info").get("internal_states", [])
+        states = (state for server in self.servers() for state in server.get("/server_info").get("internal_states", []))
         found = [state for state in states if "vtensor" in state]
         if not found:
             raise VTensorError(f"the server at {self.url} runs without vTensor memory; start it with --enable-vtensor")
         return found
+
+    def servers(self) -> list[Client]:
+        """This server itself, or those behind SGLang's router, which does not pass on what we ask of a server.
+
+        Raises:
+            VTensorError: it cannot be asked.
+        """
+        if not self._servers:
+            try:
+                self.get("/server_info")
+                self._servers = [self]
+            except NotFound:
+                workers = self.get("/workers")["workers"]
+                self._servers = [Client(worker["url"], self.api_key) for worker in workers]
+        return self._servers
 
     def _ask(self, request: urllib.request.Request) -> Any:
         if self.api_key:
@@ -65,7 +85,8 @@ class Client:
                     f"{self.url} wants another API key; pass the server's --admin-api-key or --api-key with --api-key, "
                     f"or in {KEY_VARIABLE}"
                 ) from error
-            raise VTensorError(f"{request.full_url} answered {error.code} {error.reason}") from error
+            kind = NotFound if error.code == 404 else VTensorError
+            raise kind(f"{request.full_url} answered {error.code} {error.reason}") from error
         except json.JSONDecodeError as error:
             raise VTensorError(f"{self.url} does not answer like an SGLang server; check the address") from error
         except (OSError, ValueError) as error:

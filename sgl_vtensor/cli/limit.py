@@ -50,9 +50,10 @@ def _set(client: Client, size: str) -> None:
             f"a limit of {wanted} cannot be set: give at least one page ({format_bytes(page_bytes)}) and at most "
             f"what the pool can hold ({format_bytes(capacity)})"
         )
-    updated = client.post("/set_internal_state", {"server_args": {"vtensor_memory_limit_bytes": num_bytes}})
-    if not updated or not all(updated):
-        raise VTensorError(f"the server refused the limit {size}; its log says why")
+    for server in client.servers():
+        updated = server.post("/set_internal_state", {"server_args": {"vtensor_memory_limit_bytes": num_bytes}})
+        if not updated or not all(updated):
+            raise VTensorError(f"the server at {server.url} refused the limit {size}; its log says why")
 
 
 def _beyond(client: Client) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -96,33 +97,64 @@ def test_an_empty_server_divides_by_nothing() -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
+    """A server, or a router before ``workers``."""
+
     states: list[dict[str, Any]]
+    workers: list[str]
+    posted: list[dict[str, Any]]
 
     def do_GET(self) -> None:
-        content = json.dumps({"internal_states": self.states}).encode()
+        if self.path == "/workers" and self.workers:
+            self._send({"workers": [{"url": url} for url in self.workers]})
+        elif self.path == "/server_info" and not self.workers:
+            self._send({"internal_states": self.states})
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        self.posted.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self._send([True])
+
+    def _send(self, answer: Any) -> None:
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(json.dumps(answer).encode())
 
     def log_message(self, *args: Any) -> None:
         pass
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+@contextmanager
+def served(**more: Any) -> Iterator[tuple[str, type[Handler]]]:
+    handler = type("One", (Handler,), {"states": [], "workers": [], "posted": []} | more)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}", handler
         server.shutdown()
         thread.join()
 
 
-def test_where_nobody_watches_it_is_one_look(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Handler.states = [state()]
-    assert main(["top", url]) == 0
-    assert words("\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())) == words(SHOWN)
-    assert main(["top", url, "--once", "--json"]) == 0
+def test_servers_behind_a_router(capsys: pytest.CaptureFixture[str]) -> None:
+    """Looked at in sum, and each has the limit set; the servers of a router may have replicas."""
+    figures = state(limit_pages=500, pages_backed=100)
+    with ExitStack() as stack:
+        servers = [stack.enter_context(served(states=[figures] * replicas)) for replicas in (1, 2)]
+        router, asked = stack.enter_context(served(workers=[url for url, _ in servers]))
+        assert main(["top", router, "--once", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(found["replicas"]) == 3 and found["backed_bytes"] == 3 * 101 * 8 * MIB
+        assert main(["limit", router, "1GiB"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 3
+        sent = {"server_args": {"vtensor_memory_limit_bytes": 1 << 30}}
+        assert [handler.posted for _, handler in servers] == [[sent], [sent]] and not asked.posted
+
+
+def test_where_nobody_watches_it_is_one_look(capsys: pytest.CaptureFixture[str]) -> None:
+    with served(states=[state()]) as (url, _):
+        assert main(["top", url]) == 0
+        assert words("\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())) == words(SHOWN)
+        assert main(["top", url, "--once", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["backed_bytes"] == 101 * 8 * MIB
 
 
@@ -141,7 +173,7 @@ def test_what_cannot_be_is_said_in_a_sentence(
     assert said in capsys.readouterr().err
 
 
-def test_a_server_without_vtensor_memory(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Handler.states = [{}]
-    assert main(["top", url]) == 1
+def test_a_server_without_vtensor_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    with served(states=[{}]) as (url, _):
+        assert main(["top", url]) == 1
     assert "start it with --enable-vtensor" in capsys.readouterr().err
