@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ def two_ranks(start: Start, plan: FaultPlan) -> Iterator[SGLangServer]:
         assert boards() == before, "the board's name is gone once all ranks have it"
         yield server
         server.check_healthy()
+        figures = server.vtensor()
+        assert figures["launches_compared"] > figures["launches"] - 16, "the ranks have compared what they decided"
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +115,7 @@ def test_two_replicas_answer_like_one_process(
     assert [line.split(":")[0] for line in said[:2]] == ["replica 0", "replica 1"]
     assert all("limit 1.00 MiB of 2.00 MiB" in line or "limit 512.00 KiB of 1.00 MiB" in line for line in said[:2])
     check(two_replicas, stock.mixed[::2], concurrency=8)
+    assert main(["top", f"127.0.0.1:{two_replicas.port}", "--once", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    hits = [replica["tokens_hit"] for replica in shown["replicas"]]
+    assert len(hits) == 2 and min(hits) > 0 and shown["tokens_hit"] == sum(hits)
