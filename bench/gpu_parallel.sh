@@ -20,8 +20,9 @@ cd "$(dirname "$0")/.." || exit 1
 steps=${*:-pair soak replicas large answers}
 source bench/session.sh
 
-# A program that uses NVLink multicast can put GPUs that others share out of service. SGLang's own all-reduce is the older
-# one, over CUDA IPC: the newer one makes symmetric memory, which asks for multicast.
+# A program that uses NVLink multicast can put GPUs that others share out of service. SGLang at --tp-size does, to gather
+# logits and in its newer all-reduce: PyTorch refuses it by these variables, and the all-reduce is the older one, over CUDA
+# IPC. Servers take the variables over.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 export SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2=0
 # The test of it takes a minute, and two servers would write its result to one file at once: the driver's word is taken.
