@@ -28,7 +28,14 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> FaultPlan:
 
 @pytest.fixture(scope="module")
 def two_ranks(start: Start, plan: FaultPlan) -> Iterator[SGLangServer]:
-    flags = ("--tp-size=2", "--max-total-tokens=2048", f"--chunked-prefill-size={2 * PAGE_TOKENS}", "--vtensor-debug")
+    # It sleeps when idle: two ranks that poll would leave the replicas that start after it half of two cores.
+    flags = (
+        "--tp-size=2",
+        "--sleep-on-idle",
+        "--max-total-tokens=2048",
+        f"--chunked-prefill-size={2 * PAGE_TOKENS}",
+        "--vtensor-debug",
+    )
     before = boards()
     ages = ("--vtensor-cache-seconds=3", "--vtensor-idle-seconds=1")
     with start(*VTENSOR, *flags, *ages, env=CORES | plan.environment) as server:
