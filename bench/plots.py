@@ -11,6 +11,9 @@ WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 70, 150, 40, 45
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d5fd3", "#c17817", "#444444")
 
+MOST_MARKS = 12
+"""On the x axis: of more points only round numbers are marked."""
+
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 """For each name its points (x, y)."""
 
@@ -40,7 +43,11 @@ def line_plot(path: Path, title: str, x_name: str, y_name: str, lines: Lines) ->
         _, y = place(x_least, number * step)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(_text(LEFT - 8, y + 4, f"{number * step:g}", "end"))
-    for x in sorted({x for x, _ in points}):
+    marked = sorted({x for x, _ in points})
+    if len(marked) > MOST_MARKS:
+        x_step = _step(x_most - x_least)
+        marked = [x_step * n for n in range(math.ceil(x_least / x_step), math.floor(x_most / x_step) + 1)]
+    for x in marked:
         parts.append(_text(place(x, 0)[0], HEIGHT - BOTTOM + 16, f"{x:g}", "middle"))
     for index, (name, line) in enumerate(lines.items()):
         colour = COLOURS[index % len(COLOURS)]
