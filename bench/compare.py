@@ -6,8 +6,9 @@
 Servers of one --group run side by side, each with its share of the GPU's memory (FLAGS: --max-total-tokens), and are
 measured in turn, never at once: A, B, A, B, each round with a new seed. Groups follow one another. A round is run cold,
 from an empty cache, and again warm. First-token logprobs of the same prompts are compared before. With
---budget-seconds it ends in time, whatever happens, with what it has. Rows go to bench/results/serving.csv, and with
-plots, logs and every run's figures (runs.jsonl) to --out. workloads:
+--budget-seconds it ends in time, whatever happens, with what it has. What vTensor memory cost is told beside: driver
+calls per generated token, and waits for mappings; of chat-16k also for the turns after the first ("later"). Rows go to
+bench/results/serving.csv, and with plots, logs and every run's figures (runs.jsonl) to --out. workloads:
 
 """
 
@@ -22,6 +23,7 @@ import statistics
 import sys
 import time
 import urllib.error
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from typing import Any
 import logprobs
 import torch
 import workloads
+from costs import UNITS as COSTS
+from costs import Look, costs
 from load import Run, by_turn, play, summarize, unit
 from plots import line_plot
 from results import Results
@@ -174,7 +178,7 @@ class Comparison:
                     server.flush()
                 for state in self.options.states:
                     for server in servers:
-                        self._record(server, workload, seed, state, self._play(server, workload))
+                        self._record(server, workload, seed, state, *self._play(server, workload))
 
     def _workload(self, name: str, seed: int) -> Workload:
         return workloads.build(name, seed, scale=self.options.scale, users=self.options.users)
@@ -191,26 +195,48 @@ class Comparison:
                 return f"its longest request takes {workload.longest} tokens and {server.name} has room for {most}"
         return None
 
-    def _play(self, server: Remote, workload: Workload) -> Run:
+    def _play(self, server: Remote, workload: Workload) -> tuple[Run, dict[str, float]]:
+        """Play it; returns the run, and what vTensor memory cost meanwhile."""
+        looks = [Look.at(server)]
+        if not workload.in_waves:
+            run = self._timed(server, workload)
+            return run, costs([(looks[0], Look.at(server))], _tokens(run, 0))
+        runs: list[Run] = []
+        for start in range(0, len(workload.sessions), workload.users):
+            sessions = workload.sessions[start : start + workload.users]
+            wave = dataclasses.replace(workload, sessions=sessions, users=len(sessions))
+            runs.append(self._timed(server, wave, lambda: looks.append(Look.at(server))))
+            looks.append(Look.at(server))
+        run = Run.joined(runs)
+        later = costs(list(zip(looks[1::2], looks[2::2], strict=True)), _tokens(run, 1))
+        return run, costs([(looks[0], looks[-1])], _tokens(run, 0)) | {f"{k}_later": v for k, v in later.items()}
+
+    def _timed(self, server: Remote, workload: Workload, between: Callable[[], None] | None = None) -> Run:
         if self.left_s < LEAST_RUN_SECONDS:
             raise OutOfTime(f"it is spent before {workload.name} on {server.name}")
 
         async def timed() -> Run:
-            return await asyncio.wait_for(play(server.url, workload), self.left_s)
+            return await asyncio.wait_for(play(server.url, workload, between=between), self.left_s)
 
         try:
             return asyncio.run(timed())
         except TimeoutError:
             raise OutOfTime(f"it is spent during {workload.name} on {server.name}") from None
 
-    def _record(self, server: Remote, workload: Workload, seed: int, state: str, run: Run) -> None:
-        figures = summarize(run)
+    def _record(
+        self, server: Remote, workload: Workload, seed: int, state: str, run: Run, spent: dict[str, float]
+    ) -> None:
+        figures = summarize(run) | spent
+        if workload.in_waves:
+            later = summarize(dataclasses.replace(run, samples=[sample for sample in run.samples if sample.turn]))
+            figures |= {f"{name}_later": later[name] for name in ("ttft_p50", "cached_share") if name in later}
         case = f"{workload.name} scale {self.options.scale:g} c{workload.users}{_setup(self.options)}"
         one = Measured(server.name, workload.name, case, state, seed, figures, by_turn(run))
         self.measured.append(one)
         with (self.options.out / "runs.jsonl").open("a") as file:
             file.write(json.dumps(dataclasses.asdict(one) | {"sizes": workload.case}) + "\n")
-        shown = ", ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
+        names = (*SHOWN, *(name for name in figures if name.removesuffix("_later") in COSTS))
+        shown = ", ".join(f"{name} {figures[name]:.4g}" for name in names if name in figures)
         print(f"  {server.name:24s} {workload.name} seed {seed} {state}: {shown}", flush=True)
         for error in sorted({sample.error for sample in run.samples if sample.error})[:3]:
             print(f"    error: {error}", flush=True)
@@ -280,6 +306,11 @@ def _ratio(measured: list[Measured], server: str, baseline: str, metric: str) ->
     if not found:
         return "-"
     return f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+
+
+def _tokens(run: Run, first_turn: int) -> int:
+    """Tokens that were generated from that turn on."""
+    return sum(sample.output_tokens for sample in run.samples if sample.turn >= first_turn)
 
 
 def _setup(options: argparse.Namespace) -> str:

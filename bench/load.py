@@ -10,12 +10,13 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import aiohttp
 import numpy as np
+from costs import UNITS as COSTS
 from tqdm import tqdm
 from workloads import Content, Session, Turn, Workload
 
@@ -59,6 +60,16 @@ class Run:
     """CPU time of this process during the run; one core gives one second a second."""
     driver_lags_s: list[float]
     """How much later than asked the driver's event loop woke up."""
+
+    @classmethod
+    def joined(cls, runs: Sequence[Run]) -> Run:
+        """Runs that followed one another, as one."""
+        return cls(
+            [sample for run in runs for sample in run.samples],
+            sum(run.seconds for run in runs),
+            sum(run.driver_cpu_s for run in runs),
+            [lag for run in runs for lag in run.driver_lags_s],
+        )
 
 
 class Endpoint(Protocol):
@@ -170,13 +181,17 @@ async def play(
     history: History = "server",
     timeout_s: float = 600.0,
     progress: bool = True,
+    between: Callable[[], None] | None = None,
 ) -> Run:
     """Play all sessions on the server at ``url``. A session ends at its first failed request; others go on.
 
     Args:
         model: the name that an OpenAI-compatible server wants.
         timeout_s: of one request.
+        between: called once, when all first turns have ended; second turns wait for it. Closed loop, a user a session.
     """
+    if between is not None and workload.users != len(workload.sessions):
+        raise ValueError(f"{workload.name}: users wait for one another, so each can have one session only")
     if endpoint == "openai" and any(not isinstance(s.turns[0].content, str) for s in workload.sessions):
         raise ValueError("the OpenAI endpoint takes text: build the workload with text=True")
     samples: list[Sample] = []
@@ -188,8 +203,17 @@ async def play(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         read_bufsize=1 << 22,
     )
+    first_turns, all_ended = len(workload.sessions), asyncio.Event()
     bar = tqdm(total=total, desc=workload.name, unit="req", disable=None if progress else True, leave=False)
     async with client:
+
+        async def gather_after_first_turn() -> None:
+            nonlocal first_turns
+            first_turns -= 1
+            if not first_turns and between is not None:
+                between()
+                all_ended.set()
+            await all_ended.wait()
 
         async def one(session: Session, due: float) -> None:
             talk = ENDPOINTS[endpoint](session, model, history)
@@ -198,8 +222,10 @@ async def play(
                 await _until(due)
                 sample = Sample(session.number, number, session.group)
                 samples.append(sample)
-                await _ask(client, url, talk, turn, sample, due)
+                await ask(client, url, talk, turn, sample, due)
                 bar.update()
+                if not number and between is not None:
+                    await gather_after_first_turn()
                 due = time.perf_counter()
                 if sample.error:
                     bar.update(len(session.turns) - number - 1)
@@ -223,7 +249,7 @@ async def play(
         return Run(samples, time.perf_counter() - begin, time.process_time() - cpu, lags)
 
 
-async def _ask(
+async def ask(
     client: aiohttp.ClientSession, url: str, talk: Native | OpenAI, turn: Turn, sample: Sample, due: float
 ) -> None:
     """One streamed request; the sample takes what came of it."""
@@ -319,8 +345,8 @@ UNITS = {"throughput": "req/s", "output_rate": "tok/s", "errors": "1", "cached_s
 
 
 def unit(metric: str) -> str:
-    """Of a figure of ``summarize``."""
-    return UNITS.get(metric, "ms")
+    """Of a figure of ``summarize`` or ``costs``; of later turns the same."""
+    return (UNITS | COSTS).get(metric.removesuffix("_later"), "ms")
 
 
 def _percentile(values: Sequence[float], q: float) -> float:

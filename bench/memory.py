@@ -82,13 +82,14 @@ class Look:
 class Watch(threading.Thread):
     """Looks at the memory of the GPU and of the servers until it is stopped."""
 
-    def __init__(self, servers: list[Remote]) -> None:
+    def __init__(self, servers: list[Remote], *, every_s: float = WATCH_SECONDS) -> None:
         super().__init__(daemon=True)
         self.servers = servers
         self.looks: list[Look] = []
+        self._every_s = every_s
         self._begin = time.monotonic()
         self._done = threading.Event()
-        self._device = _device_bytes()
+        self._device = device_bytes()
 
     @property
     def now_s(self) -> float:
@@ -106,7 +107,7 @@ class Watch(threading.Thread):
         )
 
     def run(self) -> None:
-        while not self._done.wait(WATCH_SECONDS):
+        while not self._done.wait(self._every_s):
             try:
                 self.looks.append(self.look())
             except (urllib.error.URLError, OSError, ValueError):
@@ -120,7 +121,7 @@ class Watch(threading.Thread):
         return [one for one in self.looks if start_s <= one.at_s < stop_s]
 
 
-def _device_bytes() -> Callable[[], int] | None:
+def device_bytes() -> Callable[[], int] | None:
     """NVML's figure of what is used on all GPUs, by whomever."""
     if not torch.cuda.is_available():
         return None
@@ -238,7 +239,7 @@ class Questions:
                     runs.append(run)
                     print(f"  {impl} burst {turn + 1}: {_shown(run)}", flush=True)
                 for part, chosen in (("first bursts", runs[:2]), ("second bursts", runs[2:])):
-                    self.note(_joined(chosen), f"pair, {part}", impl)
+                    self.note(Run.joined(chosen), f"pair, {part}", impl)
                 self.row_of(watch.looks, "pair", impl)
 
     def replicas(self) -> None:
@@ -362,15 +363,6 @@ class Questions:
         for error in sorted({sample.error for sample in run.samples if sample.error})[:3]:
             print(f"    error: {error}", flush=True)
         self.failed |= bool(figures["errors"])
-
-
-def _joined(runs: list[Run]) -> Run:
-    return Run(
-        [sample for run in runs for sample in run.samples],
-        sum(run.seconds for run in runs),
-        sum(run.driver_cpu_s for run in runs),
-        [lag for run in runs for lag in run.driver_lags_s],
-    )
 
 
 def _shown(run: Run) -> str:

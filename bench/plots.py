@@ -14,6 +14,9 @@ COLOURS = (
     "#00539c", "#b0b0b0",
 )  # fmt: skip
 
+MOST_MARKS = 12
+"""On the x axis: of more points only round numbers are marked."""
+
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 """For each name its points (x, y)."""
 
@@ -43,7 +46,11 @@ def line_plot(path: Path, title: str, x_name: str, y_name: str, lines: Lines) ->
         _, y = place(x_least, number * step)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(_text(LEFT - 8, y + 4, f"{number * step:g}", "end"))
-    for x in sorted({x for x, _ in points}):
+    marked = sorted({x for x, _ in points})
+    if len(marked) > MOST_MARKS:
+        x_step = _step(x_most - x_least)
+        marked = [x_step * n for n in range(math.ceil(x_least / x_step), math.floor(x_most / x_step) + 1)]
+    for x in marked:
         parts.append(_text(place(x, 0)[0], HEIGHT - BOTTOM + 16, f"{x:g}", "middle"))
     for index, (name, line) in enumerate(lines.items()):
         colour = COLOURS[index % len(COLOURS)]

@@ -23,6 +23,7 @@ CONFIGS: dict[str, list[str]] = {
     "vtensor-auto": ["--enable-vtensor"],
     "vtensor-triton": ["--enable-vtensor", "--vtensor-kernel", "triton"],
     "vtensor-fa3": ["--enable-vtensor", "--vtensor-kernel", "fa3"],
+    "vtensor-unmapped": ["--enable-vtensor", "--vtensor-kernel", "triton", "--vtensor-unmap-rows"],
     "vtensor-paged-fa3": ["--enable-vtensor", "--attention-backend", "fa3"],
 }
 """``name+FLAG=VALUE`` adds a flag to a configuration: ``vtensor-triton+vtensor-page-tokens=64``."""
@@ -106,9 +107,14 @@ class Remote:
         """The server's vtensor figures, of its first replica; empty for a stock server."""
         return next(iter(self.replicas()), {})
 
+    def log(self) -> str:
+        """What it has logged; nothing where the log is not ours."""
+        return ""
+
     def errors(self) -> list[str]:
-        """Lines of the log that report a failure; of a log that is not ours, none."""
-        return []
+        """Lines of the log that report a failure."""
+        marks = ("CUDA error", "illegal memory", "leak detected", "hit an exception", "VTensorError", "DriverError")
+        return [line for line in self.log().splitlines() if any(mark in line for mark in marks)]
 
 
 class Server(Remote):
@@ -135,7 +141,5 @@ class Server(Remote):
     def stop(self) -> None:
         self._process.stop()
 
-    def errors(self) -> list[str]:
-        marks = ("CUDA error", "illegal memory", "leak detected", "hit an exception", "VTensorError", "DriverError")
-        text = self._process.log.read_text(errors="replace").splitlines()
-        return [line for line in text if any(mark in line for mark in marks)]
+    def log(self) -> str:
+        return self._process.log.read_text(errors="replace")

@@ -94,6 +94,9 @@ class Workload:
     name: str
     sessions: tuple[Session, ...]
     users: int
+    in_waves: bool = False
+    """Whether users begin their sessions together, and go on together after the first turn, so that a server's figures
+    can be told apart: those of first turns, and those of later ones."""
 
     @property
     def case(self) -> str:
@@ -126,11 +129,15 @@ class Kind:
     answer: int = 0
     history: int = 0
     """Of each session's own, before its first question."""
+    in_waves: bool = False
     trace: Lengths = SHAREGPT
 
 
 TABLE = {
     "chat": Kind("chats with ShareGPT's lengths; 4 system prompts", 32, 64, 4, 512, turns=0),
+    "chat-16k": Kind(
+        "chats of 8 turns that grow to 16k tokens", 16, 64, 1, 1024, turns=8, question=1408, answer=512, in_waves=True
+    ),
     "chat-32k": Kind("chats that go on after 32k tokens", 8, 8, 1, 512, turns=4, history=32_000),
     "chat-100k": Kind("chats that go on after 100k tokens", 3, 3, 1, 512, turns=3, history=100_000),
     "shared-few": Kind("4 system prompts, many users each", 32, 128, 4, 4096, question=128, answer=64),
@@ -197,7 +204,8 @@ def build(
         sessions.append(Session(index, index % groups, systems[index % groups], tuple(turns), start_s))
     if kind.groups > 1 and len(sessions) > groups:
         draw.shuffle(sessions)
-    return Workload(name, tuple(sessions), 0 if rate else min(users or number(kind.users), len(sessions)))
+    at_once = 0 if rate else min(users or number(kind.users), len(sessions))
+    return Workload(name, tuple(sessions), at_once, kind.in_waves and not rate)
 
 
 def from_sharegpt(

@@ -79,6 +79,8 @@ class VTensorConfig:
     """Which attention kernels read the rows."""
     num_rows: int | None = None
     """Rows to keep mapped as a cache; None: twice the requests that may run."""
+    unmap_rows: bool = False
+    """Unmap the row of a request that has ended, as the vTensor paper does, in place of keeping it. For comparison."""
     idle_seconds: float = 10.0
     """After so long without a launch, free pages' memory goes back to the device; 0: never."""
     memory_limit: Size | None = None
@@ -136,6 +138,7 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "reserve": parse_size,
     "cache_seconds": _parse_float,
     "cache_keep": parse_size,
+    "unmap_rows": _parse_bool,
     "debug": _parse_bool,
 }
 

@@ -101,6 +101,12 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
         help="Rows to keep as a cache of mappings. Default: twice the requests that may run at once.",
     )
     group.add_argument(
+        "--vtensor-unmap-rows",
+        action="store_true",
+        default=None,
+        help="Unmap a request's row when it has ended, as the vTensor paper does. For comparison: it is slower.",
+    )
+    group.add_argument(
         "--vtensor-idle-seconds",
         type=float,
         metavar="S",

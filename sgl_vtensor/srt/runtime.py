@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.debug import DebugChecker
 from sgl_vtensor.srt.flags import active_config
 from sgl_vtensor.srt.memory import LimitHandler, MemoryPolicy
-from sgl_vtensor.srt.metrics import Metrics
+from sgl_vtensor.srt.metrics import WAIT_BUCKETS_SECONDS, Metrics
 from sgl_vtensor.srt.pool import VTensorKVPool
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Runtime:
         """Launches that waited for mappings; so many seconds, of which the longest."""
         self.mapping_wait_seconds = 0.0
         self.mapping_wait_longest_seconds = 0.0
+        self.mapping_wait_counts = [0] * (len(WAIT_BUCKETS_SECONDS) + 1)
+        """How many took up to each of ``WAIT_BUCKETS_SECONDS`` and longer than the one before; the last: longer yet."""
         self._waits_seconds: deque[float] = deque(maxlen=MAX_WAITS_KEPT)
         self._metrics: Metrics | None = None
         self._next_update = 0.0
@@ -108,6 +111,7 @@ class Runtime:
         self.mapping_waits += 1
         self.mapping_wait_seconds += seconds
         self.mapping_wait_longest_seconds = max(self.mapping_wait_longest_seconds, seconds)
+        self.mapping_wait_counts[bisect_left(WAIT_BUCKETS_SECONDS, seconds)] += 1
         self._waits_seconds.append(seconds)
 
     def _map(self, slots: npt.ArrayLike) -> int:
@@ -169,6 +173,8 @@ class Runtime:
         else:
             self.pool.launch(None)
         self.policy.launched()
+        if self.config.unmap_rows:
+            self.pool.rows.unmap_parked(self.pool.rows.num_mappings)
         if self.can_read_homes and not (self.extend_reads_homes and self.decode_reads_homes):
             self._map_ahead(batch)
 
@@ -182,6 +188,8 @@ class Runtime:
     def idle(self, tree_cache: Any, now: float) -> None:
         """No batch is in flight. ``now``: seconds of ``time.monotonic``."""
         self.pool.drain(in_flight=0)
+        if self.config.unmap_rows:
+            self.pool.rows.unmap_parked(self.pool.rows.num_mappings)
         self.policy.idle(tree_cache, now)
 
     def rows_of_launch(self) -> npt.NDArray[np.int32] | None:
@@ -238,6 +246,8 @@ class Runtime:
             "mapping_waits": self.mapping_waits,
             "mapping_wait_seconds": self.mapping_wait_seconds,
             "mapping_wait_longest_seconds": self.mapping_wait_longest_seconds,
+            "mapping_wait_buckets_seconds": WAIT_BUCKETS_SECONDS,
+            "mapping_wait_counts": list(self.mapping_wait_counts),
             "pages_released": self.policy.pages_released,
             "pages_evicted_by_limit": self.policy.pages_evicted_by_limit,
             "pages_evicted_by_age": self.policy.pages_evicted_by_age,

@@ -31,6 +31,11 @@ class FakeServer:
     at_once: int = 0
     most_at_once: int = 0
     flushes: int = 0
+    aborted: set[str] = field(default_factory=set)
+    vanished: int = 0
+    """Clients that were gone before their last token."""
+    pool: dict[str, Any] = field(default_factory=dict)
+    """The vtensor section of ``/server_info``; for each token asked a driver call of 1 ms, for each request a wait."""
     url: str = ""
 
     async def health(self, request: web.Request) -> web.Response:
@@ -40,8 +45,24 @@ class FakeServer:
         self.flushes += 1
         return web.Response(text="flushed")
 
+    async def abort(self, request: web.Request) -> web.Response:
+        self.aborted.add((await request.json())["rid"])
+        return web.Response()
+
     async def info(self, request: web.Request) -> web.Response:
-        return web.json_response({"max_total_num_tokens": self.max_total_num_tokens, "internal_states": [{}]})
+        state = {"vtensor": self.figures()} if self.pool else {}
+        return web.json_response({"max_total_num_tokens": self.max_total_num_tokens, "internal_states": [state]})
+
+    def figures(self) -> dict[str, Any]:
+        count, tokens = len(self.bodies), sum(len(body["input_ids"]) for body in self.bodies)
+        return self.pool | {
+            "driver_calls": {"map": tokens},
+            "driver_seconds": {"map": 0.001 * tokens},
+            "mapping_wait_seconds": 0.003 * count,
+            "mapping_wait_longest_seconds": 0.004,
+            "mapping_wait_buckets_seconds": [0.001, 0.0035],
+            "mapping_wait_counts": [0, count, 0],
+        }
 
     async def set_limit(self, request: web.Request) -> web.Response:
         return web.json_response([{"updated": False}])
@@ -82,18 +103,24 @@ class FakeServer:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
-        await response.prepare(request)
+        try:
+            await response.prepare(request)
+            await self._send(response, body, number, events)
+        except ClientConnectionResetError:
+            self.vanished += 1
+        self.at_once -= 1
+        return response
+
+    async def _send(
+        self, response: web.StreamResponse, body: dict[str, Any], number: int, events: AsyncIterator[dict[str, Any]]
+    ) -> None:
         async for event in events:
             late = self.later_delay_s is not None and number >= self.delay_after
             await asyncio.sleep(self.later_delay_s if late and self.later_delay_s is not None else self.delay_s)
-            try:
-                await response.write(f"data: {json.dumps(event)}\n\n".encode())
-            except ClientConnectionResetError:
-                break  # the client has gone away
-        else:
-            await response.write(b"data: [DONE]\n\n")
-        self.at_once -= 1
-        return response
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            if body.get("rid") in self.aborted:
+                return
+        await response.write(b"data: [DONE]\n\n")
 
     def _answer(self, prompt: str, count: int) -> list[int]:
         digest = hashlib.sha256((self.flavour + prompt).encode()).digest()
@@ -108,6 +135,7 @@ async def running(server: FakeServer) -> AsyncIterator[FakeServer]:
     app.router.add_get("/server_info", server.info)
     app.router.add_post("/flush_cache", server.flush)
     app.router.add_post("/set_internal_state", server.set_limit)
+    app.router.add_post("/abort_request", server.abort)
     app.router.add_post("/generate", server.generate)
     app.router.add_post("/v1/chat/completions", server.chat)
     runner = web.AppRunner(app)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import compare
 import pytest
+import workloads
 from plots import line_plot
 from servers import flags_of
 
@@ -78,6 +79,33 @@ def test_servers_are_measured_in_turn_with_the_same_traffic(tmp_path: Path, caps
     shown = re.findall(r"^(a|b) .*?(\d\.\d{3}) \(", text, re.MULTILINE)  # throughput is the first ratio
     assert shown[0] == ("a", "1.000") and shown[1][0] == "b" and 0.4 < float(shown[1][1]) < 0.7
     assert (tmp_path / "single-cold-ttft.svg").read_text().startswith("<svg")
+
+
+def test_what_memory_cost_is_told_and_later_turns_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = FakeServer(delay_s=0.001, pool={"pages": 1})
+    assert compared(tmp_path, {"a": server}, "--workload=chat-16k", "--rounds=1", "--states=cold") == 0
+    built = workloads.build("chat-16k", 1, scale=0.01)
+    sessions, turns = len(built.sessions), len(built.sessions[0].turns)
+    assert sessions > built.users > 1, "there are no waves"
+    assert len(server.bodies) == 4 * turns + sessions * turns, "the warm-up, and the run"
+    lens = [len(body["input_ids"]) for body in server.bodies[4 * turns :]]
+    # In waves: nobody asks a second question before all have an answer to their first.
+    size = built.users * turns
+    waves = [lens[start : start + size] for start in range(0, len(lens), size)]
+    users = [len(wave) // turns for wave in waves]
+    assert all(max(wave[:n]) < min(wave[n:]) for wave, n in zip(waves, users, strict=True))
+    later = sum(sum(wave[n:]) for wave, n in zip(waves, users, strict=True))
+    figures = runs(tmp_path)[0]["figures"]
+    assert isinstance(figures, dict)
+    answer = built.sessions[0].turns[0].answer_tokens
+    for name, calls, requests in (("", sum(lens), sessions * turns), ("_later", later, sessions * (turns - 1))):
+        assert figures[f"driver_calls_per_token{name}"] == pytest.approx(calls / (requests * answer))
+        waited_a_call = 3 * requests / calls
+        assert figures[f"mapping_wait_share{name}"] == pytest.approx(waited_a_call * figures[f"driver_share{name}"])
+        assert figures[f"mapping_wait_p99{name}"] == 3.5
+    units = {row["metric"]: row["unit"] for row in rows(tmp_path)}
+    assert units["driver_calls_per_token_later"] == "1/tok" and units["mapping_wait_p99"] == "ms"
+    assert "mapping_wait_share_later" in capsys.readouterr().out
 
 
 def test_the_budget_holds_and_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

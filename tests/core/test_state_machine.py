@@ -1,7 +1,14 @@
-"""Any order of calls that the pool allows, against a model of dicts, with real bytes: hypothesis seeks the worst."""
+"""Any order of calls that the pool allows, against a model of dicts, with real bytes: hypothesis seeks the worst.
+
+``python -m tests.core.test_state_machine --steps 2000000`` for a long run.
+"""
 
 from __future__ import annotations
 
+import argparse
+import resource
+import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -25,7 +32,10 @@ from tests.core.simulation import check_tables
 
 SLOTS = 3
 MAX_LEN = 6 * PAGE_TOKENS
-slots = st.integers(1, SLOTS)
+picks = st.integers(0, SLOTS - 1)
+"""Which of the slots that a rule may take."""
+seen: Counter[str] = Counter()
+"""What has happened in all stories of this process."""
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -50,55 +60,92 @@ class PoolMachine(RuleBasedStateMachine):
     def is_open(self) -> bool:
         return bool(self.tokens)
 
-    @rule(slot=slots, num_shared=st.integers(0, 3), more=st.integers(1, 9))
-    def open_and_grow(self, slot: int, num_shared: int, more: int) -> None:
-        if slot in self.tokens:
-            return
+    def has_closed(self) -> bool:
+        return len(self.tokens) < SLOTS
+
+    def open_slot(self, pick: int) -> int:
+        return sorted(self.tokens)[pick % len(self.tokens)]
+
+    @precondition(has_closed)
+    @rule(pick=picks, num_shared=st.integers(0, 3), more=st.integers(1, 9), mapped=st.booleans())
+    def admit(self, pick: int, num_shared: int, more: int, mapped: bool) -> None:
+        """A new request, or a retracted one again; with a hit where ``num_shared`` says so."""
+        closed = [slot for slot in range(1, SLOTS + 1) if slot not in self.tokens]
+        slot = closed[pick % len(closed)]
         prefix = list(self.tree)[:num_shared]
         tokens = [token for page in prefix for token in self.tree[page]]
         length = min(len(tokens) + more, MAX_LEN)
         self.pool.open(slot, prefix, length)
         self.tokens[slot], self.shared[slot] = tokens, len(prefix)
-        if length == len(tokens) or not self.write(slot, length):
-            self.close(slot, keep=False)
+        seen["hit pages"] += len(prefix)
+        if length == len(tokens) or not self.write([slot], [length], mapped):
+            self.end(slot, keep=False)
 
     @precondition(is_open)
-    @rule(slot=slots, more=st.integers(1, 9))
-    def grow(self, slot: int, more: int) -> None:
-        if slot in self.tokens:
-            self.write(slot, min(len(self.tokens[slot]) + more, MAX_LEN))
+    @rule(pick=picks, more=st.integers(1, 9), mapped=st.booleans())
+    def chunk(self, pick: int, more: int, mapped: bool) -> None:
+        slot = self.open_slot(pick)
+        self.write([slot], [min(len(self.tokens[slot]) + more, MAX_LEN)], mapped)
 
-    def write(self, slot: int, length: int) -> bool:
-        start = len(self.tokens[slot])
+    @precondition(is_open)
+    @rule(mapped=st.booleans())
+    def decode(self, mapped: bool) -> None:
+        """A token for every request, or for none: then one is retracted."""
+        open_slots = sorted(self.tokens)
+        if not self.write(open_slots, [min(len(self.tokens[slot]) + 1, MAX_LEN) for slot in open_slots], mapped):
+            seen["retract"] += 1
+            self.end(open_slots[-1], keep=False)
+
+    def write(self, slots: list[int], lengths: list[int], mapped: bool) -> bool:
+        """Grow and write. Rows that are not mapped now lag behind: a kernel would read the homes."""
         in_use = self.pool.pages.num_in_use
-        if not self.pool.grow([slot], [length]):
-            assert self.pool.pages.num_in_use == in_use, "half of a request was grown"
+        if not self.pool.grow(slots, lengths):
+            assert self.pool.pages.num_in_use == in_use, "half of the requests were grown"
             return False
-        self.pool.ensure(np.array([slot], dtype=np.int32))
-        new = list(range(self.number, self.number + length - start))
-        self.number += len(new)
-        write_tokens(self.pool, slot, start, new)
-        self.tokens[slot] += new
+        if mapped:
+            self.map_rows(slots)
+        for slot, length in zip(slots, lengths, strict=True):
+            start = len(self.tokens[slot])
+            new = list(range(self.number, self.number + length - start))
+            self.number += len(new)
+            write_tokens(self.pool, slot, start, new)
+            self.tokens[slot] += new
         return True
 
     @precondition(is_open)
-    @rule(slot=slots)
-    def give_to_tree(self, slot: int) -> None:
-        """A checkpoint of pages that the tree has not."""
-        if slot in self.tokens:
-            full = len(self.tokens[slot]) // PAGE_TOKENS
-            for at, page in enumerate(self.pool.pages_of(slot, 0, full)):
-                self.tree.setdefault(page, self.tokens[slot][at * PAGE_TOKENS : (at + 1) * PAGE_TOKENS])
-            self.shared[slot] = max(self.shared[slot], full)
+    @rule(data=st.data())
+    def map_behind_the_launch(self, data: st.DataObject) -> None:
+        self.map_rows(data.draw(st.lists(st.sampled_from(sorted(self.tokens)), min_size=1, unique=True)))
+
+    def map_rows(self, slots: list[int]) -> None:
+        asked = np.array(slots, dtype=np.int32)
+        expected = self.pool.count_changes(asked)
+        assert self.pool.ensure(asked) == expected
+        assert self.pool.is_synced(asked)
+        seen["mapped pages"] += expected
 
     @precondition(is_open)
-    @rule(slot=slots, data=st.data())
-    def adopt(self, slot: int, data: st.DataObject) -> None:
+    @rule(pick=picks)
+    def checkpoint(self, pick: int) -> None:
+        """Of pages that the tree has not."""
+        self.give_to_tree(self.open_slot(pick))
+
+    def give_to_tree(self, slot: int) -> None:
+        full = len(self.tokens[slot]) // PAGE_TOKENS
+        for at, page in enumerate(self.pool.pages_of(slot, 0, full)):
+            self.tree.setdefault(page, self.tokens[slot][at * PAGE_TOKENS : (at + 1) * PAGE_TOKENS])
+        self.shared[slot] = max(self.shared[slot], full)
+
+    def own_full_pages(self, slot: int) -> int:
+        return len(self.tokens[slot]) // PAGE_TOKENS - self.shared[slot]
+
+    @precondition(lambda self: any(self.own_full_pages(slot) > 0 for slot in self.tokens))
+    @rule(data=st.data())
+    def adopt(self, data: st.DataObject) -> None:
         """A checkpoint of pages that the tree has: the tree's copies have the same bytes, and stay."""
-        if slot not in self.tokens or self.shared[slot] >= len(self.tokens[slot]) // PAGE_TOKENS:
-            return
+        slot = data.draw(st.sampled_from([slot for slot in sorted(self.tokens) if self.own_full_pages(slot) > 0]))
         first = self.shared[slot]
-        count = data.draw(st.integers(1, len(self.tokens[slot]) // PAGE_TOKENS - first))
+        count = data.draw(st.integers(1, self.own_full_pages(slot)))
         if not self.pool.pages.secure(count):
             return
         kept = self.pool.pages.take_many(count)
@@ -107,27 +154,33 @@ class PoolMachine(RuleBasedStateMachine):
             source = self.driver.tensor(self.pool.pages.home(page), size)
             self.driver.tensor(self.pool.pages.home(copy), size).copy_(source)
         assert self.pool.adopt(slot, first, kept) == list(range(first, first + count))
+        seen["dedup pages"] += count
         for at, page in enumerate(kept, first):
             self.tree[page] = self.tokens[slot][at * PAGE_TOKENS : (at + 1) * PAGE_TOKENS]
         self.shared[slot] = first + count
 
     @precondition(is_open)
-    @rule(slot=slots, keep=st.booleans())
-    def close(self, slot: int, keep: bool) -> None:
-        if slot not in self.tokens:
-            return
+    @rule(pick=picks, keep=st.booleans())
+    def close(self, pick: int, keep: bool) -> None:
+        """Finish, which keeps what it may; an abort keeps nothing."""
+        seen["finish" if keep else "abort"] += 1
+        self.end(self.open_slot(pick), keep)
+
+    def end(self, slot: int, keep: bool) -> None:
         if keep:
             self.give_to_tree(slot)
         self.pool.free(self.pool.pages_of(slot, self.shared[slot], int(self.pool.num_wanted[slot])))
         self.pool.close(slot)
         del self.tokens[slot], self.shared[slot]
 
+    @precondition(lambda self: bool(self.tree))
     @rule()
     def evict(self) -> None:
         used = {page for slot, count in self.shared.items() for page in self.pool.pages_of(slot, 0, count)}
         for page in [page for page in self.tree if page not in used]:
             del self.tree[page]
             self.pool.free([page])
+            seen["evicted pages"] += 1
 
     @rule(fenced=st.booleans())
     def launch(self, fenced: bool) -> None:
@@ -146,21 +199,28 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(keep=st.integers(0, 8))
     def shrink(self, keep: int) -> None:
         before = self.pool.pages.num_backed
-        assert self.pool.shrink(keep) == before - self.pool.pages.num_backed
+        released = self.pool.shrink(keep)
+        assert released == before - self.pool.pages.num_backed
+        seen["released pages"] += released
 
-    @rule(limit=st.integers(0, 16))
+    @rule(limit=st.sampled_from((16, 16, 16, 8, 3, 0)))
     def limit(self, limit: int) -> None:
         self.pool.pages.limit_pages = limit
 
+    @precondition(lambda self: bool(self.tree))
     @rule()
-    def reset(self) -> None:
+    def flush(self) -> None:
+        seen["flush"] += 1
         self.pool.reset()
         self.tokens, self.shared, self.tree = {}, {}, {}
 
     @invariant()
     def rows_show_what_was_written(self) -> None:
+        seen["steps"] += 1
         for slot, tokens in getattr(self, "tokens", {}).items():
-            assert read_tokens(self.pool, slot, len(tokens)) == tokens
+            shown = min(len(tokens), int(self.pool.num_synced[slot]) * PAGE_TOKENS)
+            assert read_tokens(self.pool, slot, shown) == tokens[:shown]
+            seen["tokens read"] += shown
 
     @invariant()
     def tables_agree(self) -> None:
@@ -204,5 +264,27 @@ def test_the_machine_notices_a_page_handed_out_while_it_is_shown(monkeypatch: py
 @pytest.mark.deep
 @pytest.mark.timeout(3600)
 def test_any_order_of_calls_deep() -> None:
-    """3 000 stories of up to 80 calls, others each time; a failure is kept and shown as the shortest story."""
-    run(max_examples=3000, stateful_step_count=80)
+    """4 000 stories of up to 80 calls, others each time; a failure is kept and shown as the shortest story."""
+    before = seen.copy()
+    run(max_examples=4000, stateful_step_count=80)
+    happened = seen - before
+    assert happened["steps"] >= 200_000
+    for event in ("hit pages", "dedup pages", "retract", "evicted pages", "released pages", "tokens read"):
+        assert happened[event] > 200, f"{event} hardly happens: {happened}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200_000, help="until so many are done (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="or so long (%(default)s)")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    while seen["steps"] < options.steps and time.monotonic() - begin < options.seconds:
+        # Hypothesis remembers what it has tried: in pieces it stays small.
+        run(max_examples=500, stateful_step_count=80, database=None)
+        memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        print(f"{time.monotonic() - begin:.0f} s, {memory_mib} MiB: {dict(seen)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from sgl_vtensor.srt.memory import MemoryPolicy
 from sgl_vtensor.srt.runtime import MAX_MAPPINGS_AHEAD, MAX_VIEWS, Runtime, _max_mappings, _num_rows
 from sgl_vtensor.vmm.faults import Fault, FaultyDriver
 from sgl_vtensor.vmm.host import HostDriver
+from tests.core.conftest import ManualFence
 
 NUM_SLOTS = 2 * MAX_VIEWS
 
@@ -27,7 +28,7 @@ NUM_SLOTS = 2 * MAX_VIEWS
 class World:
     """A pool, a runtime over it, and what the allocator would say."""
 
-    def __init__(self, driver: FaultyDriver) -> None:
+    def __init__(self, driver: FaultyDriver, config: VTensorConfig) -> None:
         self.driver = driver
         layout = plan_layout(
             num_layers=1,
@@ -40,7 +41,6 @@ class World:
         )
         self.pool = VTensorPool(Pages(driver, layout, 600), num_slots=NUM_SLOTS, max_len_tokens=40 * 16)
         self.allocator: Any = SimpleNamespace(extending=True, copies=[])
-        config = VTensorConfig()
         policy = MemoryPolicy(self.pool, config)
         self.runtime = Runtime(self.pool, self.allocator, policy, config, dense_capacity=600 * 16)
 
@@ -78,7 +78,7 @@ class World:
 @pytest.fixture
 def world() -> Iterator[World]:
     with HostDriver(capacity_bytes=64 << 20) as driver:
-        built = World(FaultyDriver(driver, []))
+        built = World(FaultyDriver(driver, []), VTensorConfig())
         yield built
         built.pool.shutdown()
 
@@ -141,6 +141,44 @@ def test_without_a_mapping_left_the_homes_are_read(world: World) -> None:
     with pytest.raises(OutOfMemory):
         world.decode([1])
     world.driver.plan.clear()
+
+
+@pytest.mark.parametrize("unmap_rows", [False, True])
+def test_rows_of_requests_that_ended_are_unmapped_only_where_that_is_asked(unmap_rows: bool) -> None:
+    with HostDriver(capacity_bytes=64 << 20) as driver:
+        world = World(FaultyDriver(driver, []), VTensorConfig(unmap_rows=unmap_rows))
+        pool = world.pool
+        padding = pool.rows.num_mappings
+        world.prefill([1, 2], 10)
+        pool.launch(ManualFence())  # it runs until the drain below, and may read the rows of both
+        pool.free(pool.pages_of(1, 0, 10))
+        pool.close(1)
+        world.decode([2])
+        assert pool.rows.num_mappings == padding + 20
+        pool.drain(in_flight=0)
+        world.decode([2])
+        assert pool.rows.num_mappings == padding + (10 if unmap_rows else 20)
+        pool.free(pool.pages_of(2, 0, 10))
+        pool.close(2)
+        world.runtime.idle(SimpleNamespace(evictable_size=lambda: 0), now=0.0)
+        assert pool.rows.num_mappings == padding + (0 if unmap_rows else 20)
+        pool.shutdown()
+
+
+def test_waits_for_mappings_are_counted_by_length(world: World) -> None:
+    assert not world.prefill([1], 3)
+    assert sum(world.runtime.mapping_wait_counts) == 1
+    assert not world.decode([1]), "nothing to wait for"
+    tree = SimpleNamespace(evictable_size=lambda: 0, protected_size=lambda: 0)
+    world.allocator.tokens_hit = world.allocator.tokens_computed = 0
+    before = world.runtime.stats(tree)["mapping_wait_counts"]
+    for seconds in (49e-6, 50e-6, 51e-6, 3e-3, 7.0):
+        world.runtime._note_wait(seconds)
+    stats = world.runtime.stats(tree)
+    grown = [new - old for new, old in zip(stats["mapping_wait_counts"], before, strict=True)]
+    assert dict(zip((*stats["mapping_wait_buckets_seconds"], float("inf")), grown, strict=True)) == {
+        50e-6: 2, 200e-6: 1, 500e-6: 0, 1e-3: 0, 2e-3: 0, 5e-3: 1, 10e-3: 0, 50e-3: 0, float("inf"): 1,
+    }  # fmt: skip
 
 
 def test_copies_and_zeroing_precede_the_launch(world: World) -> None:
