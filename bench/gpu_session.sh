@@ -2,14 +2,14 @@
 # All that is to be seen on a GPU, in one go of less than ten minutes: servers on vTensor memory against stock ones (first-
 # token logprobs, load, default prefill CUDA graphs), and memcheck of the Hopper kernel.
 #
-#   OUT=DIR bench/gpu_session.sh [servers] [memcheck] [memory]      default: servers memcheck
+#   OUT=DIR bench/gpu_session.sh [servers] [memcheck] [memory] [soak]      default: servers memcheck
 #
 # On a machine that has no SGLang, .gpu/ must have come along (bench/pack_gpu.sh). Steps are independent: each has its own
 # limit and log, and what there is goes to $OUT every 20 seconds, so that nothing is lost however this ends. In $OUT:
-# summary.txt, serving.csv and memory.csv (rows to append to those in bench/results), runs.jsonl, memcheck.log, logs.tar.gz and
+# summary.txt, serving.csv, memory.csv and soak.csv (rows to append to those in bench/results), runs.jsonl, memcheck.log, logs.tar.gz and
 # caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a GPU it is a dry run on a tiny model.
 #   SESSION_SECONDS  for all of it (560)      PYTHON  (python3)      WORKLOADS  (gsp)      ROUNDS  (1)
-#   QUESTIONS  of memory.py (all)
+#   QUESTIONS  of memory.py (all)      SOAK  flags of soak.py (--debug)
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${OUT:?where the results are to go}")
@@ -27,7 +27,7 @@ pack() { # files are moved into place whole, so that a kill never leaves half of
   local new=$work/.$BASHPID.new file
   (cd "$work" && tar czf "$new" --exclude=tiny-llama -- * 2> /dev/null)
   [ $? -gt 1 ] || mv "$new" "$out/logs.tar.gz" # 1: a log grew meanwhile
-  for file in summary.txt memcheck.log servers/serving.csv servers/runs.jsonl memory/memory.csv; do
+  for file in summary.txt memcheck.log servers/serving.csv servers/runs.jsonl memory/memory.csv soak/soak.csv soak/soak.json; do
     if [ -f "$work/$file" ]; then cp "$work/$file" "$new" && mv "$new" "$out/$(basename "$file")"; fi
   done
 }
@@ -116,8 +116,12 @@ for name in $steps; do
       step memory "$(left)" "$python" bench/memory.py "${model[@]}" ${QUESTIONS:+--ask $QUESTIONS} \
         --budget-seconds "$(($(left) - 20))" --out "$work/memory" -- "${memory_flags[@]}"
       ;;
+    soak)
+      step soak "$(left)" "$python" bench/soak.py "${model[@]}" ${SOAK---debug} --budget-seconds "$(($(left) - 20))" \
+        --out "$work/soak" -- "${memory_flags[@]}" --max-total-tokens 100000
+      ;;
     *)
-      say "no step $name; there are servers, memcheck and memory"
+      say "no step $name; there are servers, memcheck, memory and soak"
       status=1
       ;;
   esac
