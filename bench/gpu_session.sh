@@ -2,12 +2,12 @@
 # All that is to be seen on a GPU, in one go of less than ten minutes: servers on vTensor memory against stock ones (first-
 # token logprobs, load, default prefill CUDA graphs), and memcheck of the Hopper kernel.
 #
-#   OUT=DIR bench/gpu_session.sh [servers] [memcheck] [memory]      default: servers memcheck
+#   OUT=DIR bench/gpu_session.sh [servers] [memcheck] [memory] [soak]      default: servers memcheck
 #
-# bench/session.sh says how steps are run. In $OUT: summary.txt, serving.csv and memory.csv (rows to append to those in
+# bench/session.sh says how steps are run. In $OUT: summary.txt, serving.csv, memory.csv and soak.csv (rows to append to those in
 # bench/results), runs.jsonl, memcheck.log, logs.tar.gz and caches.tar.gz (put into .gpu/, it saves compiling at the next
 # start). Without a GPU it is a dry run on a tiny model.
-#   WORKLOADS  (gsp)      ROUNDS  (1)      QUESTIONS  of memory.py (all)
+#   WORKLOADS  (gsp)      ROUNDS  (1)      QUESTIONS  of memory.py (all)      SOAK  flags of soak.py (--debug)
 #   SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -61,8 +61,12 @@ for name in $steps; do
       step memory "$(left)" "$python" bench/memory.py "${model[@]}" ${QUESTIONS:+--ask $QUESTIONS} \
         --budget-seconds "$(($(left) - 20))" --out "$work/memory" -- "${memory_flags[@]}"
       ;;
+    soak)
+      step soak "$(left)" "$python" bench/soak.py "${model[@]}" ${SOAK---debug} --budget-seconds "$(($(left) - 20))" \
+        --out "$work/soak" -- "${memory_flags[@]}" --max-total-tokens 100000
+      ;;
     *)
-      say "no step $name; there are servers, memcheck and memory"
+      say "no step $name; there are servers, memcheck, memory and soak"
       status=1
       ;;
   esac
