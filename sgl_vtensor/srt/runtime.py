@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sgl_vtensor.config import VTensorConfig
+from sgl_vtensor.config import VTensorConfig, format_bytes
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import WINDOW_BYTES_MAX
 from sgl_vtensor.errors import ConfigError, OutOfMemory
@@ -223,7 +223,7 @@ class Runtime:
                 return
             self._metrics = Metrics(reporter.metrics_collector.labels)
         waits = [self._waits_seconds.popleft() for _ in range(len(self._waits_seconds))]
-        self._metrics.update(self.stats(scheduler.tree_cache), waits)
+        self._metrics.update(self.stats(scheduler.tree_cache), waits, self.pool.driver.histogram)
 
     def stats(self, tree_cache: Any) -> dict[str, Any]:
         """The vtensor section of ``/server_info``; no text and no token ids."""
@@ -238,7 +238,6 @@ class Runtime:
             "mapping_waits": self.mapping_waits,
             "mapping_wait_seconds": self.mapping_wait_seconds,
             "mapping_wait_longest_seconds": self.mapping_wait_longest_seconds,
-            "pages_released": self.policy.pages_released,
             "pages_evicted_by_limit": self.policy.pages_evicted_by_limit,
             "pages_evicted_by_age": self.policy.pages_evicted_by_age,
             "reserve_pages": self.policy.reserve_pages,
@@ -278,7 +277,8 @@ def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
     runner.vtensor.zero_fresh_pages()
     slots.attach_aux_cache(runner.vtensor)
     logger.info(
-        "vTensor rows: %d of %d tokens, %.2f TiB of address space; at most %s mappings",
+        "vTensor memory: limit %s; %d rows of %d tokens, %.2f TiB of address space; at most %s mappings",
+        format_bytes(pool.pages.limit_pages * pool.layout.page_bytes),
         num_rows - 1,
         slots.max_context_len,
         pool.rows.window_bytes / (1 << 40),

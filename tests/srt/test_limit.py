@@ -194,6 +194,8 @@ def test_prometheus_is_told_what_server_info_says(server: SGLangServer) -> None:
     assert values["vtensor_pages_evicted_total", "limit"] == figures["pages_evicted_by_limit"] > 0
     assert values["vtensor_mapping_wait_seconds_count",] == figures["mapping_waits"] > 0
     assert values["vtensor_mapping_wait_seconds_sum",] == pytest.approx(figures["mapping_wait_seconds"])
+    assert values["vtensor_pages_created_total",] == figures["pages_created"] == figures["pages_released"]
     for kind, calls in figures["driver_calls"].items():
-        assert values["vtensor_driver_calls_total", kind] == calls
-        assert values["vtensor_driver_seconds_total", kind] == pytest.approx(figures["driver_seconds"][kind])
+        assert values["vtensor_driver_seconds_count", kind] == calls
+        assert values["vtensor_driver_seconds_sum", kind] == pytest.approx(figures["driver_seconds"][kind])
+        assert values["vtensor_driver_errors_total", kind] == figures["driver_errors"][kind] == 0
