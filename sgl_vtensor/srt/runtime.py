@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+from sglang.srt.runtime_context import get_parallel
 
 from sgl_vtensor.config import VTensorConfig, format_bytes
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import WINDOW_BYTES_MAX
 from sgl_vtensor.errors import ConfigError, OutOfMemory
+from sgl_vtensor.srt import page
 from sgl_vtensor.srt.agree import Decision, join_ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.debug import DebugChecker
@@ -225,8 +228,13 @@ class Runtime:
         waits = [self._waits_seconds.popleft() for _ in range(len(self._waits_seconds))]
         self._metrics.update(self.stats(scheduler.tree_cache), waits, self.pool.driver.histogram)
 
-    def stats(self, tree_cache: Any) -> dict[str, Any]:
+    def figures(self, scheduler: Any) -> dict[str, Any]:
         """The vtensor section of ``/server_info``; no text and no token ids."""
+        more = {"replica": get_parallel().dp_rank or 0, "requests_waiting": len(scheduler.waiting_queue)}
+        return self.stats(scheduler.tree_cache) | more
+
+    def stats(self, tree_cache: Any) -> dict[str, Any]:
+        """What of it does not depend on the queue."""
         layout, pages = self.pool.layout, self.pool.pages
         stats = dataclasses.asdict(self.pool.stats())
         return stats | {
@@ -362,13 +370,16 @@ def on_idle(scheduler: Any) -> None:
         runtime.idle(scheduler.tree_cache, time.monotonic())
 
 
-def add_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hook: our section of ``/server_info``."""
+def add_internal_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
+    """Hook: our section of ``/server_info``, or, where the page asks, its picture and nothing else."""
     scheduler = controller.scheduler
     runtime = runtime_of(scheduler.tp_worker.model_runner)
-    if runtime is not None:
-        waiting = {"requests_waiting": len(scheduler.waiting_queue)}
-        result.internal_state["vtensor"] = runtime.stats(scheduler.tree_cache) | waiting
+    if runtime is None:
+        return original(controller, recv_req)
+    if recv_req.rid == page.ASKS:
+        return GetInternalStateReqOutput(internal_state=page.picture(runtime, scheduler, time.monotonic()))
+    result = original(controller, recv_req)
+    result.internal_state["vtensor"] = runtime.figures(scheduler)
     return result
 
 
