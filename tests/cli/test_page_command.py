@@ -100,7 +100,7 @@ def test_with_a_key_it_is_served_here_behind_a_secret(
             served.append(self)
 
     monkeypatch.setattr(page, "ThreadingHTTPServer", Server)
-    thread = threading.Thread(target=main, args=(["page", url, "--api-key=right"],))
+    thread = threading.Thread(target=main, args=(["page", url, "--api-key=right"],), daemon=True)
     thread.start()
     said = ""
     while "until Ctrl-C" not in said:

@@ -84,6 +84,16 @@ def test_prefixes_are_a_tree_whose_most_held_and_largest_come_first(grown: list[
     assert all(node.lock_ref <= least for node in by_id.values()), "those left out are held no more"
 
 
+def test_what_requests_hold_is_shown_before_what_is_large() -> None:
+    tree = Tree()
+    small = tree.add(None, [1])
+    for place in range(page.MAX_PREFIXES + 5):
+        tree.add(None, list(range(2 + 5 * place, 7 + 5 * place)))
+    tree.lock(small)
+    found, _ = prefixes_picture(tree, 100.0)
+    assert small.id in [entry[0] for entry in found["table"]] and found["left_out"] == 6
+
+
 class Scheduler:
     """Answers like SGLang's internal-state route, from as many replicas as wanted, in any order."""
 
@@ -253,14 +263,17 @@ def legend(browser: Browser) -> dict[str, int]:
 
 
 def test_a_browser_shows_it(browser: Browser, shown: Shown, url: str) -> None:
+    shown.prefill([5], 1)
+    shown.pool.adopt(5, 0, shown.shared[:1])
     browser.open(url)
     browser.wait_for("look !== null")
     figures = shown.runtime.stats(shown.tree)
-    assert text(browser, "backed") == "204.00 KiB" and figures["physical_bytes"] == 51 * 4096
-    assert text(browser, "running") == "2 running" and text(browser, "waiting") == "3 waiting"
-    assert text(browser, "sharing").startswith(f"{(30 + 28) / (24 + 6 + 4):.2f} ")
+    assert text(browser, "backed") == "208.00 KiB" and figures["physical_bytes"] == 52 * 4096
+    assert text(browser, "running") == "3 running" and text(browser, "waiting") == "3 waiting"
+    assert text(browser, "sharing").startswith(f"{(30 + 28 + 1) / (24 + 6 + 4):.2f} ")
     numbers = legend(browser)
-    assert numbers["use2"] == figures["pages_shared"] == 24
+    assert (numbers["use2"], numbers["use3"], figures["pages_shared"]) == (23, 1, 24)
+    assert numbers["fenced"] == figures["pages_fenced"] == 1
     assert numbers["use1"] == 6 + 4 and numbers["cached"] == 16
     assert numbers["unbacked"] == 600 - figures["pages_backed"] and sum(numbers.values()) == 600
 
@@ -287,7 +300,7 @@ def test_a_click_says_who_uses_a_page_a_row_or_a_prefix(browser: Browser, shown:
     said = text(browser, "who-text")
     for slot in (3, 4):
         assert f"slot {slot}, row {shown.pool.row_of_slot[slot]}: position 7, tokens 112 to 127" in said
-    assert "cached prefix: 24 pages behind 0 of the root, held by 2 requests, asked for 2 min ago" in said
+    assert "cached prefix: 24 pages from position 0, held by 2 requests, asked for 2 min ago" in said
     browser.click("#rows", 5, 5)
     assert text(browser, "who-title") == f"Row {shown.pool.row_of_slot[3]} runs slot 3"
     assert "30 pages: room for 480 tokens" in text(browser, "who-text")
