@@ -30,7 +30,9 @@ def run(client: Client, *, port: int) -> int:
             print(f"The page is at {server.url}{PATH}")
         return 0
     if len(servers) > 1:
-        raise VTensorError(f"several servers are behind {client.url}; name one: {', '.join(one.url for one in servers)}")
+        raise VTensorError(
+            f"several servers are behind {client.url}; name one: {', '.join(one.url for one in servers)}"
+        )
     [client] = servers
     try:
         client.fetch(DATA_PATH)
