@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import urllib.error
@@ -34,6 +35,14 @@ class Client:
     def get(self, path: str) -> Any:
         return self._ask(urllib.request.Request(self.url + path))
 
+    def fetch(self, path: str) -> bytes:
+        """What a path answers, as it is.
+
+        Raises:
+            VTensorError: it cannot be had.
+        """
+        return self._send(urllib.request.Request(self.url + path))
+
     def post(self, path: str, body: Any) -> Any:
         headers = {"content-type": "application/json"}
         return self._ask(urllib.request.Request(self.url + path, json.dumps(body).encode(), headers))
@@ -52,8 +61,13 @@ class Client:
         Raises:
             VTensorError: as for ``figures``.
         """
-        states = (state for server in self.servers() for state in server.get("/server_info").get("internal_states", []))
-        found = [state for state in states if "vtensor" in state]
+        found: list[dict[str, Any]] = []
+        for server in self.servers():
+            states = server.get("/server_info").get("internal_states", [])
+            # SGLang lists replicas as they answered.
+            found += sorted(
+                (state for state in states if "vtensor" in state), key=lambda one: int(one["vtensor"].get("replica", 0))
+            )
         if not found:
             raise VTensorError(f"the server at {self.url} runs without vTensor memory; start it with --enable-vtensor")
         return found
@@ -74,11 +88,19 @@ class Client:
         return self._servers
 
     def _ask(self, request: urllib.request.Request) -> Any:
+        try:
+            return json.loads(self._send(request))
+        except ValueError as error:
+            raise VTensorError(f"{self.url} does not answer like an SGLang server; check the address") from error
+
+    def _send(self, request: urllib.request.Request) -> bytes:
         if self.api_key:
             request.add_header("authorization", f"Bearer {self.api_key}")
+        request.add_header("accept-encoding", "gzip")
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-                return json.load(answer)
+                content: bytes = answer.read()
+                return gzip.decompress(content) if answer.headers["content-encoding"] == "gzip" else content
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
                 raise VTensorError(
@@ -87,8 +109,6 @@ class Client:
                 ) from error
             kind = NotFound if error.code == 404 else VTensorError
             raise kind(f"{request.full_url} answered {error.code} {error.reason}") from error
-        except json.JSONDecodeError as error:
-            raise VTensorError(f"{self.url} does not answer like an SGLang server; check the address") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise VTensorError(f"{self.url} cannot be reached ({reason}); is the server running?") from error

@@ -69,6 +69,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--json", action="store_true", help="print a line of JSON a look, for programs")
     top.set_defaults(run=_top)
 
+    page = commands.add_parser(
+        "page",
+        help="see the pages of a running server as a picture, in a browser",
+        description="A server shows the page itself, at /vtensor: this looks whether it does and prints the address. "
+        "A browser sends no API key, so where the server wants one, the page is served from here until Ctrl-C.",
+    )
+    _add_server(page)
+    page.add_argument("--port", type=int, default=0, metavar="N", help="where to serve it from here (any free one)")
+    page.set_defaults(run=_page)
+
     doctor = commands.add_parser(
         "doctor",
         help="check whether this machine can serve on vTensor memory",
@@ -142,6 +152,13 @@ def _top(options: argparse.Namespace) -> int:
         raise ConfigError(f"--interval {options.interval:g} is too short; give seconds, like 1 or 0.5")
     client = Client(options.url, options.api_key)
     return top.run(client, interval_s=options.interval, once=options.once, as_json=options.json)
+
+
+def _page(options: argparse.Namespace) -> int:
+    from sgl_vtensor.cli import page
+    from sgl_vtensor.cli.client import Client
+
+    return page.run(Client(options.url, options.api_key), port=options.port)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -144,8 +144,8 @@ def run(
         Column("page", no_wrap=True),
         "size",
         "padding",
-        "maps a 1k new tokens",
-        "pages a GiB",
+        "maps/1k tokens",
+        "pages/GiB",
         f"tokens in {memory_bytes / GIB:g} GiB",
     )
     for choice in choices:
@@ -160,7 +160,8 @@ def run(
         )
     console.print(table)
     console.print(
-        f"* what a server takes: the smallest page from {CUDA_MIN_PAGE_TOKENS} tokens that pads by at most a tenth. "
+        f"* what a server takes: the smallest page from {CUDA_MIN_PAGE_TOKENS} tokens that pads by at most a tenth, or "
+        "else the one that pads least. "
         "Small pages share finely; 1 000 new tokens cost the maps above, whatever a page's size in bytes. "
         "--vtensor-page-tokens overrides."
     )

@@ -53,6 +53,8 @@ class Pages:
         self._free_unbacked = list(range(num_pages, 0, -1))
         self.fenced: OrderedDict[int, None] = OrderedDict()
         self._closed = False
+        self.num_created = self.num_released = 0
+        """Pages that were given memory so far, and that gave theirs back; the padding page is not counted."""
         self.fresh: list[int] = []
         """Backed since the last launch: to be zeroed on the forward stream before anything reads them."""
         self.freed: list[int] | None = None
@@ -60,6 +62,7 @@ class Pages:
         self.is_free[1:] = True
         try:
             self._back(PADDING_PAGE)
+            self.num_created = 0
         except VTensorError:
             self.close()
             raise
@@ -222,6 +225,7 @@ class Pages:
         self.driver.unmap(self.home(page), self.layout.page_bytes)
         del self._free_backed[page]
         self.backed[page] = False
+        self.num_released += 1
         self._free_unbacked.append(page)
         self._drop_handle(page)
 
@@ -265,6 +269,7 @@ class Pages:
             self._drop_handle(page)
             raise
         self.backed[page] = True
+        self.num_created += 1
         self.fresh.append(page)
 
     def _drop_handle(self, page: int) -> None:

@@ -38,6 +38,9 @@ class PoolStats:
     pages_seen: int
     """The same, counted as often as it is seen: seen / running is what sharing saves."""
     pages_fenced: int
+    pages_created: int
+    """Pages that were given memory so far; less those released, it is what is backed."""
+    pages_released: int
     rows_running: int
     rows_parked: int
     mappings: int
@@ -46,6 +49,7 @@ class PoolStats:
     limit_bytes: int
     driver_calls: dict[str, int]
     driver_seconds: dict[str, float]
+    driver_errors: dict[str, int]
 
 
 class VTensorPool:
@@ -323,6 +327,11 @@ class VTensorPool:
         self.pages_running += step * int(np.count_nonzero(fewer == 0))
         self.pages_shared += step * int(np.count_nonzero(fewer == 1))
 
+    @property
+    def requests_of_pages(self) -> npt.NDArray[np.int32]:
+        """[num_pages + 1]: how many running requests have each page. To be read only."""
+        return self._num_having
+
     def stats(self) -> PoolStats:
         pages, rows = self.pages, self.rows
         return PoolStats(
@@ -334,6 +343,8 @@ class VTensorPool:
             pages_running=self.pages_running,
             pages_seen=self.pages_seen,
             pages_fenced=len(pages.fenced),
+            pages_created=pages.num_created,
+            pages_released=pages.num_released,
             rows_running=rows.num_running,
             rows_parked=rows.num_parked,
             mappings=rows.num_mappings,
@@ -342,4 +353,5 @@ class VTensorPool:
             limit_bytes=pages.limit_pages * self.layout.page_bytes,
             driver_calls=dict(self.driver.calls),
             driver_seconds=dict(self.driver.seconds),
+            driver_errors=dict(self.driver.errors),
         )

@@ -9,6 +9,7 @@ Row 0 belongs to padding: all its positions are mapped to page 0, for ever.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
@@ -197,6 +198,20 @@ class Rows:
             elif position < self.claimed[row]:
                 return False
         return True
+
+    def num_shown(self, row: int) -> int:
+        """Positions from the start of a row behind which nothing is mapped."""
+        return int(self._high[row])
+
+    def parked(self, at_most: int) -> list[int]:
+        """Parked rows, the newest first."""
+        return list(islice(reversed(self._parked), max(0, at_most)))
+
+    def duplicates(self) -> Iterator[tuple[int, int, int]]:
+        """(page, row, position) of every fenced page."""
+        for row, pages in self._duplicates.items():
+            for position, page in pages.items():
+                yield page, row, position
 
     def num_mapped(self, page: int) -> int:
         """In how many places of the rows a page is mapped."""

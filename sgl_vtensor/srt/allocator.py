@@ -72,7 +72,10 @@ class VTensorPrefillBudget(PrefillBudget):
             extend_input_len=extend_input_len, total_tokens=total_tokens, chunk_limit=chunk_limit, **others
         )
         now = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
-        return fits if fits[0] and self._secure(now) else (False, None)
+        if fits[0] and self._secure(now):
+            return fits
+        self.allocator.note_shortage()
+        return False, None
 
     def can_allocate_prefill(self, *, paged_input: int, chunk_limit: int | None, **others: Any) -> bool:
         now = paged_input if chunk_limit is None else min(paged_input, chunk_limit)
@@ -183,9 +186,14 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
             return True
         shortage = pages.num_in_use + num_pages - pages.most_in_use(beyond_limit=beyond_limit)
         if shortage > tree_cache.evictable_size() // self.page_size:
+            self.note_shortage()
             return False
         secure = lambda: pool.secure(num_pages, beyond_limit=beyond_limit)  # noqa: E731
         return self._evict_until(secure, tree_cache, at_first=shortage)
+
+    def note_shortage(self) -> None:
+        if self._policy is not None:
+            self._policy.note_shortage()
 
     # Allocation.
 

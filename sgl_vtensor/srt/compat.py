@@ -14,7 +14,7 @@ from importlib.metadata import version
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sgl_vtensor.errors import ConfigError
-from sgl_vtensor.srt import allocator, flags, pool, prompts, runtime
+from sgl_vtensor.srt import allocator, flags, page, pool, prompts, runtime
 
 SUPPORTED = ("0.5.23",)
 
@@ -101,9 +101,15 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
-        HookType.AFTER,
+        HookType.AROUND,
         runtime.add_internal_state,
-        "the vtensor section of /server_info",
+        "the vtensor section of /server_info, and the picture for /vtensor",
+    ),
+    Hook(
+        "sglang.srt.utils.common.set_uvicorn_logging_configs",
+        HookType.AROUND,
+        page.serve_page,
+        "the page /vtensor: called once the HTTP process has its API keys and before it listens",
     ),
     Hook(
         "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._update_handlers",

@@ -32,6 +32,8 @@ NEIGHBOUR_SECONDS = 30.0
 """While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
 RELEASE_AGAIN_SECONDS = 5.0
 WARNING_SECONDS = 5.0
+SAY_SECONDS = 30.0
+"""Of one kind of event, so often at most the log speaks."""
 SHORTAGE_SECONDS = 60.0
 SHORTAGE_POLL_SECONDS = 0.01
 
@@ -66,9 +68,8 @@ class MemoryPolicy:
         self._next_release = 0.0
         self._next_decision = 0.0
         self._next_warning = 0.0
+        self._said: dict[str, float] = {}
         self._shortage_since = self._last_shortage = float("-inf")
-        self.pages_released = 0
-        """Given back to the device since the start."""
         self.pages_evicted_by_limit = 0
         self.pages_evicted_by_age = 0
 
@@ -139,7 +140,7 @@ class MemoryPolicy:
             return
         self._release(0, PAGES_RELEASED_AT_ONCE)
         if not self.pool.pages.num_free_backed:
-            logger.info("vTensor memory: idle, %d pages given back since the start", self.pages_released)
+            logger.info("vTensor memory: idle, %d pages given back since the start", self.pool.pages.num_released)
 
     def _follow_limit(self, tree_cache: Any) -> None:
         """Cached prefixes go first. Requests that run keep what they have: admission waits for them."""
@@ -148,6 +149,8 @@ class MemoryPolicy:
         if excess > 0:
             self.pages_evicted_by_limit += self._evict(tree_cache, excess)
         self._release(max(0, pages.num_free_backed - self.pool.pages_beyond_limit), PAGES_RELEASED_AT_ONCE)
+        if not self.pool.pages_beyond_limit:
+            self._say("within", "what is backed is within the limit again")
 
     def _release_for_neighbours(self) -> int:
         """Servers that share a device settle without talking: each lets go of what it needs least when memory is short.
@@ -163,7 +166,27 @@ class MemoryPolicy:
         short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
         if short <= 0:
             return 0
-        return short - self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE))
+        released = self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE))
+        if released:
+            self._say("neighbours", "the device has %s free: free pages go back to it", format_bytes(free_bytes))
+        return short - released
+
+    def note_shortage(self) -> None:
+        """Space was refused. Where it is the device that has none, the log says so: requests wait or are retracted."""
+        pages = self.pool.pages
+        if self._silent("shortage") or pages.most_in_use(beyond_limit=True) >= pages.limit_pages:
+            return
+        backed = format_bytes((pages.num_backed - 1) * self.pool.layout.page_bytes)
+        self._say("shortage", "the device has no memory for more pages, so requests wait; %s are backed", backed)
+
+    def _silent(self, event: str) -> bool:
+        """Whether the log has just spoken of such an event."""
+        return time.monotonic() - self._said.get(event, float("-inf")) < SAY_SECONDS
+
+    def _say(self, event: str, text: str, *arguments: str) -> None:
+        if not self._silent(event):
+            self._said[event] = time.monotonic()
+            logger.info(f"vTensor memory: {text}", *arguments)
 
     def _old_pages(self, tree_cache: Any, now: float, short: int) -> int:
         """How many cached pages are to go: those too old to keep, or, as far as memory is short, rather old ones."""
@@ -198,7 +221,7 @@ class MemoryPolicy:
         self.pages_evicted_by_age += self._evict(tree_cache, decision.evict_pages)
 
     def _do_without(self, error: DriverError) -> bool:
-        """Cached prefixes go, requests wait or are retracted. A full device is nothing to speak of."""
+        """Cached prefixes go, requests wait or are retracted. Of a full device ``note_shortage`` speaks."""
         now = time.monotonic()
         if not isinstance(error, OutOfMemory) and now >= self._next_warning:
             self._next_warning = now + WARNING_SECONDS
@@ -233,15 +256,13 @@ class MemoryPolicy:
         """Give back free pages' memory. That is no duty: a driver that refuses is left alone for a while."""
         if time.monotonic() < self._next_release:
             return 0
-        before = self.pool.pages.num_backed
+        before = self.pool.pages.num_released
         try:
             self.pool.shrink(keep_pages, at_most=at_most)
         except DriverError as error:
             self._next_release = time.monotonic() + RELEASE_AGAIN_SECONDS
             logger.warning("vTensor memory: a page could not be given back, it is kept (%s)", error)
-        released = before - self.pool.pages.num_backed
-        self.pages_released += released
-        return released
+        return self.pool.pages.num_released - before
 
 
 class LimitHandler:

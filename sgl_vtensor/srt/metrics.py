@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sgl_vtensor.vmm.base import CALL_SECONDS
+
 WAIT_BUCKETS_SECONDS = (50e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
 
 GAUGES: dict[str, str] = {
@@ -20,6 +22,7 @@ GAUGES: dict[str, str] = {
     "mappings": "Mappings of pages in rows.",
 }
 COUNTERS: dict[str, str] = {
+    "pages_created": "Pages that were given physical memory.",
     "pages_released": "Pages given back to the device.",
     "tokens_hit": "Tokens of prompts that were found in the cache.",
     "tokens_computed": "Tokens of prompts that were not.",
@@ -52,8 +55,10 @@ class Metrics:
         self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
         self._counters = {name: counter(name, text) for name, text in COUNTERS.items()}
         self._rows = gauge("rows", "Rows by state.", "state")
-        self._calls = counter("driver_calls", "Calls of the driver by kind.", "kind")
-        self._seconds = counter("driver_seconds", "Time in calls of the driver by kind.", "kind")
+        self._errors = counter("driver_errors", "Calls that the driver refused, by kind.", "kind")
+        self._seconds = Histogram(
+            "vtensor_driver_seconds", "Calls of the driver by kind.", [*names, "kind"], buckets=CALL_SECONDS, **where
+        )
         self._evicted = counter("pages_evicted", "Cached pages dropped by us, by reason.", "reason")
         self._waits = Histogram(
             "vtensor_mapping_wait_seconds",
@@ -64,8 +69,15 @@ class Metrics:
         )
         self._counted: dict[tuple[str, str], float] = {}
 
-    def update(self, stats: Mapping[str, Any], waits_seconds: list[float]) -> None:
-        """Take over the figures. ``waits_seconds``: every wait for mappings since the last update."""
+    def update(
+        self, stats: Mapping[str, Any], waits_seconds: list[float], driver_histogram: Mapping[str, list[int]]
+    ) -> None:
+        """Take over the figures.
+
+        Args:
+            waits_seconds: every wait for mappings since the last update.
+            driver_histogram: ``VmmDriver.histogram``.
+        """
         page_bytes = stats["page_bytes"]
         values = {
             "limit_bytes": stats["limit_bytes"],
@@ -85,16 +97,26 @@ class Metrics:
             self._rows.labels(**self._labels, state=state).set(stats[f"rows_{state}"])
         for name, counter in self._counters.items():
             self._count(counter, name, stats[name])
-        for kind, calls in stats["driver_calls"].items():
-            self._count(self._calls, "calls", calls, kind=kind)
-            self._count(self._seconds, "seconds", stats["driver_seconds"][kind], kind=kind)
+        for kind, errors in stats["driver_errors"].items():
+            self._count(self._errors, "errors", errors, kind=kind)
+            self._add_calls(kind, driver_histogram[kind], stats["driver_seconds"][kind])
         for reason in ("limit", "age"):
             self._count(self._evicted, "evicted", stats[f"pages_evicted_by_{reason}"], reason=reason)
         for seconds in waits_seconds:
             self._waits.labels(**self._labels).observe(seconds)
 
+    def _add_calls(self, kind: str, counts: list[int], seconds: float) -> None:
+        """The driver has counted already: to ``observe`` each call here would cost as much as the call."""
+        child = self._seconds.labels(**self._labels, kind=kind)
+        for bucket, (place, total) in zip(child._buckets, enumerate(counts), strict=True):
+            bucket.inc(self._new((f"calls_{kind}", str(place)), total))
+        child._sum.inc(self._new(("seconds", kind), seconds))
+
     def _count(self, counter: Any, name: str, total: float, **more: str) -> None:
+        counter.labels(**self._labels, **more).inc(self._new((name, next(iter(more.values()), "")), total))
+
+    def _new(self, key: tuple[str, str], total: float) -> float:
         """Counters of Prometheus take steps; ours are totals."""
-        key = (name, next(iter(more.values()), ""))
-        counter.labels(**self._labels, **more).inc(total - self._counted.get(key, 0))
+        step = total - self._counted.get(key, 0)
         self._counted[key] = total
+        return step

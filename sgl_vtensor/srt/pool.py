@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from sgl_vtensor.config import format_bytes
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.errors import ConfigError
@@ -69,13 +70,13 @@ class VTensorKVPool(MHATokenToKVPool):
         layout = self.pages.layout
         self.mem_usage = sum(self.get_kv_size_bytes()) / GIB
         logger.info(
-            "vTensor KV cache: %s driver, up to %d tokens (%.2f GiB), backed as they are used; "
-            "page %d tokens = %.2f MiB, token stride %d B, %.1f%% padding",
+            "vTensor KV cache: %s driver, up to %d tokens (%s), backed as they are used; "
+            "page %d tokens = %s, token stride %d B, %.1f%% padding",
             self.pages.driver.name,
             num_tokens,
-            self.mem_usage,
+            format_bytes(sum(self.get_kv_size_bytes())),
             layout.page_tokens,
-            layout.page_bytes / (1 << 20),
+            format_bytes(layout.page_bytes),
             layout.token_stride_bytes,
             100 * layout.waste,
         )

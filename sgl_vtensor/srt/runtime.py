@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+from sglang.srt.runtime_context import get_parallel
 
-from sgl_vtensor.config import VTensorConfig
+from sgl_vtensor.config import VTensorConfig, format_bytes
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import WINDOW_BYTES_MAX
 from sgl_vtensor.errors import ConfigError, OutOfMemory
+from sgl_vtensor.srt import page
 from sgl_vtensor.srt.agree import Decision, join_ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.debug import DebugChecker
@@ -231,10 +234,15 @@ class Runtime:
                 return
             self._metrics = Metrics(reporter.metrics_collector.labels)
         waits = [self._waits_seconds.popleft() for _ in range(len(self._waits_seconds))]
-        self._metrics.update(self.stats(scheduler.tree_cache), waits)
+        self._metrics.update(self.stats(scheduler.tree_cache), waits, self.pool.driver.histogram)
+
+    def figures(self, scheduler: Any) -> dict[str, Any]:
+        """The vtensor section of ``/server_info``; no text and no token ids."""
+        more = {"replica": get_parallel().dp_rank or 0, "requests_waiting": len(scheduler.waiting_queue)}
+        return self.stats(scheduler.tree_cache) | more
 
     def stats(self, tree_cache: Any) -> dict[str, Any]:
-        """The vtensor section of ``/server_info``; no text and no token ids."""
+        """What of it does not depend on the queue."""
         layout, pages = self.pool.layout, self.pool.pages
         stats = dataclasses.asdict(self.pool.stats())
         return stats | {
@@ -248,7 +256,6 @@ class Runtime:
             "mapping_wait_longest_seconds": self.mapping_wait_longest_seconds,
             "mapping_wait_buckets_seconds": WAIT_BUCKETS_SECONDS,
             "mapping_wait_counts": list(self.mapping_wait_counts),
-            "pages_released": self.policy.pages_released,
             "pages_evicted_by_limit": self.policy.pages_evicted_by_limit,
             "pages_evicted_by_age": self.policy.pages_evicted_by_age,
             "reserve_pages": self.policy.reserve_pages,
@@ -288,7 +295,8 @@ def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
     runner.vtensor.zero_fresh_pages()
     slots.attach_aux_cache(runner.vtensor)
     logger.info(
-        "vTensor rows: %d of %d tokens, %.2f TiB of address space; at most %s mappings",
+        "vTensor memory: limit %s; %d rows of %d tokens, %.2f TiB of address space; at most %s mappings",
+        format_bytes(pool.pages.limit_pages * pool.layout.page_bytes),
         num_rows - 1,
         slots.max_context_len,
         pool.rows.window_bytes / (1 << 40),
@@ -372,13 +380,16 @@ def on_idle(scheduler: Any) -> None:
         runtime.idle(scheduler.tree_cache, time.monotonic())
 
 
-def add_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hook: our section of ``/server_info``."""
+def add_internal_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
+    """Hook: our section of ``/server_info``, or, where the page asks, its picture and nothing else."""
     scheduler = controller.scheduler
     runtime = runtime_of(scheduler.tp_worker.model_runner)
-    if runtime is not None:
-        waiting = {"requests_waiting": len(scheduler.waiting_queue)}
-        result.internal_state["vtensor"] = runtime.stats(scheduler.tree_cache) | waiting
+    if runtime is None:
+        return original(controller, recv_req)
+    if recv_req.rid == page.ASKS:
+        return GetInternalStateReqOutput(internal_state=page.picture(runtime, scheduler, time.monotonic()))
+    result = original(controller, recv_req)
+    result.internal_state["vtensor"] = runtime.figures(scheduler)
     return result
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Self
+from typing import Self, TypeVar, TypeVarTuple
 
 import torch
 
@@ -19,6 +20,11 @@ from sgl_vtensor.errors import DriverError
 
 logger = logging.getLogger(__name__)
 
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+CALL_SECONDS = (5e-6, 10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 5e-3, 20e-3)
+"""Upper bounds of the driver's histogram; behind the last of them there is one place more."""
 CALL_KINDS = ("reserve", "free_reservation", "create", "release", "map", "unmap")
 
 
@@ -102,6 +108,8 @@ class DriverBase(ABC):
         self.device = device
         self.calls: dict[str, int] = dict.fromkeys(CALL_KINDS, 0)
         self.seconds: dict[str, float] = dict.fromkeys(CALL_KINDS, 0.0)
+        self.errors: dict[str, int] = dict.fromkeys(CALL_KINDS, 0)
+        self.histogram: dict[str, list[int]] = {kind: [0] * (len(CALL_SECONDS) + 1) for kind in CALL_KINDS}
         self._closed = False
         self._physical_bytes = 0
         self._reservations: dict[int, Reservation] = {}
@@ -171,11 +179,7 @@ class DriverBase(ABC):
     def reserve(self, num_bytes: int) -> int:
         """Set aside address space of ``num_bytes`` and return its start. Raises OutOfMemory, DriverError."""
         self._check_size("reserve", num_bytes)
-        began = perf_counter()
-        try:
-            address = self._reserve(num_bytes)
-        finally:
-            self._count("reserve", began)
+        address = self._timed("reserve", self._reserve, num_bytes)
         self._reservations[address] = Reservation(address, address + num_bytes)
         insort(self._reservation_starts, address)
         return address
@@ -193,22 +197,14 @@ class DriverBase(ABC):
             )
         if reservation.num_mappings:
             raise DriverError(call, "STILL_MAPPED", f"unmap the {reservation.num_mappings} mappings in it first.")
-        began = perf_counter()
-        try:
-            self._free_reservation(reservation)
-        finally:
-            self._count(call, began)
+        self._timed(call, self._free_reservation, reservation)
         del self._reservations[address]
         self._reservation_starts.remove(address)
 
     def create(self, num_bytes: int) -> int:
         """Create physical memory of ``num_bytes`` and return its handle. Raises OutOfMemory, DriverError."""
         self._check_size("create", num_bytes)
-        began = perf_counter()
-        try:
-            native = self._create(num_bytes)
-        finally:
-            self._count("create", began)
+        native = self._timed("create", self._create, num_bytes)
         handle = self._next_handle
         self._next_handle += 1
         self._allocations[handle] = Allocation(native, num_bytes)
@@ -218,11 +214,7 @@ class DriverBase(ABC):
     def release(self, handle: int) -> None:
         """Drop a handle; its memory goes back with the last mapping. Raises DriverError."""
         allocation = self._allocation("release", handle)
-        began = perf_counter()
-        try:
-            self._release(allocation)
-        finally:
-            self._count("release", began)
+        self._timed("release", self._release, allocation)
         allocation.released = True
         del self._allocations[handle]
         self._reclaim_if_unused(allocation)
@@ -243,11 +235,7 @@ class DriverBase(ABC):
         if self._mapped.overlaps(first, last):
             # mmap(MAP_FIXED) would replace the old mapping without a word, under whoever reads it.
             raise DriverError("map", "ALREADY_MAPPED", f"unmap [{address:#x}, {address + num_bytes:#x}) first.")
-        began = perf_counter()
-        try:
-            self._map(address, allocation, reservation, writable)
-        finally:
-            self._count("map", began)
+        self._timed("map", self._map, address, allocation, reservation, writable)
         self._mappings[address] = Mapping(allocation, reservation)
         self._mapped.add(first, last)
         allocation.num_mappings += 1
@@ -264,11 +252,7 @@ class DriverBase(ABC):
             raise DriverError(
                 "unmap", "WRONG_SIZE", f"the mapping has {allocation.num_bytes} bytes, not {num_bytes}; unmap it whole."
             )
-        began = perf_counter()
-        try:
-            self._unmap(address, mapping)
-        finally:
-            self._count("unmap", began)
+        self._timed("unmap", self._unmap, address, mapping)
         del self._mappings[address]
         self._mapped.remove(address // self.granularity, (address + num_bytes) // self.granularity)
         allocation.num_mappings -= 1
@@ -361,6 +345,16 @@ class DriverBase(ABC):
             self._physical_bytes -= allocation.num_bytes
             self._reclaim(allocation)
 
-    def _count(self, kind: str, began: float) -> None:
-        self.calls[kind] += 1
-        self.seconds[kind] += perf_counter() - began
+    def _timed(self, kind: str, hook: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Do a hook's work, and count it."""
+        began = perf_counter()
+        try:
+            return hook(*arguments)
+        except DriverError:
+            self.errors[kind] += 1
+            raise
+        finally:
+            seconds = perf_counter() - began
+            self.calls[kind] += 1
+            self.seconds[kind] += seconds
+            self.histogram[kind][bisect_left(CALL_SECONDS, seconds)] += 1

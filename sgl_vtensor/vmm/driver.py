@@ -34,6 +34,10 @@ class VmmDriver(Protocol):
     """How often the driver was asked, by method name. Refused misuse does not reach the driver and is not counted."""
     seconds: dict[str, float]
     """How long these calls took together, in seconds, by method name."""
+    errors: dict[str, int]
+    """How many of these calls were refused, by method name."""
+    histogram: dict[str, list[int]]
+    """How many of these calls took up to each of ``base.CALL_SECONDS``, and longer, by method name."""
 
     @property
     def physical_bytes(self) -> int:

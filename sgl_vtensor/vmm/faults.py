@@ -59,6 +59,8 @@ class FaultyDriver:
         self.max_mappings = inner.max_mappings
         self.calls = inner.calls
         self.seconds = inner.seconds
+        self.errors = inner.errors
+        self.histogram = inner.histogram
 
     @property
     def physical_bytes(self) -> int:
@@ -118,4 +120,5 @@ class FaultyDriver:
             number = self.attempts[fault.kind]
             hit = fault.when == number if isinstance(fault.when, int) else fault.when(Call(kind, number, arguments))
             if hit:
+                self.errors[kind] += 1
                 raise fault.error(kind, "INJECTED", f"call {number} of kind {fault.kind!r} fails by plan.")

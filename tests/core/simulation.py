@@ -773,6 +773,7 @@ def check_tables(pool: VTensorPool, driver: HostDriver, owned: list[int]) -> Non
     for page in backed:
         mapping = current.get(pages.home(page))
         assert mapping is not None and mapping.allocation is driver._allocations[pages.handle(page)], f"home of {page}"
+    assert pages.num_created - pages.num_released == pages.num_backed - 1
     assert driver.num_handles == np.count_nonzero(pages._handles)
     assert driver.physical_bytes == driver.num_handles * pages.layout.page_bytes
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import browser as chromium
 import pytest
 from server import Answer, SGLangServer
 
@@ -76,6 +77,23 @@ def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
         return SGLangServer(model, tmp_path_factory.mktemp("server") / "log", flags, env)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
+    if chromium.CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with chromium.Browser(tmp_path_factory.mktemp("chromium")) as tab:
+        yield tab
+
+
+@pytest.fixture
+def browser(_tab: chromium.Browser) -> Iterator[chromium.Browser]:
+    """A tab of its own kind: whatever the page throws fails the test."""
+    yield _tab
+    _tab.open("about:blank")
+    errors, _tab.errors = _tab.errors, []
+    assert not errors
 
 
 @pytest.fixture(scope="session")

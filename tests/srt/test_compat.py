@@ -35,7 +35,8 @@ PARAMETERS = {
     "Scheduler._poll_timeout_aborts": ["self"],
     "Scheduler.process_input_requests": ["self", "recv_reqs"],
     "SchedulerInternalStateController._update_handlers": ["self"],
-    "SchedulerInternalStateController.get_internal_state": ["self"],
+    "SchedulerInternalStateController.get_internal_state": ["self", "recv_req"],
+    "common.set_uvicorn_logging_configs": ["server_args"],
     "TpModelWorker.get_worker_info": ["self"],
     "TokenizerManager._validate_one_request": ["self", "obj", "input_ids"],
 }

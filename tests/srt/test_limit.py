@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from browser import Browser
 from conftest import Start, StockAnswers
 from prometheus_client.parser import text_string_to_metric_families
 from server import PAGE_TOKENS, VTENSOR, SGLangServer, generate_body
@@ -179,6 +180,41 @@ def test_top_shows_what_server_info_says_under_load(
     assert "parked" in capsys.readouterr().out
 
 
+def test_the_page_shows_what_server_info_says_under_load(
+    server: SGLangServer, stock: StockAnswers, browser: Browser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["page", f"127.0.0.1:{server.port}"]) == 0
+    browser.open(capsys.readouterr().out.split()[-1])
+    with ThreadPoolExecutor(2) as executor:
+        answers = [executor.submit(server.generate, one.prompt, 500) for one in stock.hungry[:2]]
+        browser.wait_for("look && look.stats.rows_running === 2")
+        browser.click("#rows", 5, 5)
+        row, slot, [page, *_] = browser.evaluate("[look.rows[0].row, look.rows[0].slot, look.rows[0].pages]")
+        said = browser.evaluate("document.getElementById('who-title').innerText")
+        assert said == f"Row {row} runs slot {slot}"
+        columns, cell = browser.evaluate("[grid.columns, grid.cell]")
+        y, x = ((place + 0.5) * cell for place in divmod(page - 1, columns))
+        browser.click("#pages", x, y)
+        assert f"slot {slot}, row" in browser.evaluate("document.getElementById('who-text').innerText")
+        assert all(len(one.result().output_ids) == 500 for one in answers)
+    server.wait_idle()
+    busy = browser.evaluate("look.taken_at")
+    browser.wait_for(f"look.taken_at > {busy} + 2 && look.stats.rows_running === 0")
+    # What is cached grows old and goes: a picture that has the same figures before it and behind it.
+    count = "[0, 1, 2, 3].map(state => look.states.filter(one => (one & 3) === state).length)"
+    script = f"[look.stats, {count}, look.states.filter(one => one & 4).length]"
+    for _ in range(20):
+        before, (shown, counted, cached), after = server.vtensor(), browser.evaluate(script), server.vtensor()
+        if before == shown == after:
+            break
+        time.sleep(0.5)
+    assert shown == after
+    used, free = after["pages_in_use"], after["pages_free_backed"]
+    assert counted == [after["num_pages"] - used - free, free, used, 0]
+    assert cached == after["pages_cached"]
+
+
 def test_prometheus_is_told_what_server_info_says(server: SGLangServer) -> None:
     """The last of this file's tests, so that all of their work is counted."""
     server.wait_idle()
@@ -194,6 +230,8 @@ def test_prometheus_is_told_what_server_info_says(server: SGLangServer) -> None:
     assert values["vtensor_pages_evicted_total", "limit"] == figures["pages_evicted_by_limit"] > 0
     assert values["vtensor_mapping_wait_seconds_count",] == figures["mapping_waits"] > 0
     assert values["vtensor_mapping_wait_seconds_sum",] == pytest.approx(figures["mapping_wait_seconds"])
+    assert values["vtensor_pages_created_total",] == figures["pages_created"] == figures["pages_released"]
     for kind, calls in figures["driver_calls"].items():
-        assert values["vtensor_driver_calls_total", kind] == calls
-        assert values["vtensor_driver_seconds_total", kind] == pytest.approx(figures["driver_seconds"][kind])
+        assert values["vtensor_driver_seconds_count", kind] == calls
+        assert values["vtensor_driver_seconds_sum", kind] == pytest.approx(figures["driver_seconds"][kind])
+        assert values["vtensor_driver_errors_total", kind] == figures["driver_errors"][kind] == 0

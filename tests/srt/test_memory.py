@@ -375,7 +375,7 @@ def test_an_idle_server_gives_memory_back_in_steps(world: World) -> None:
     for _ in range(3):
         world.policy.idle(world.tree, 110.1)
     assert world.pool.stats().physical_bytes == world.pool.layout.page_bytes, "the padding page stays"
-    assert world.policy.pages_released == 200
+    assert world.pool.pages.num_released == 200
     world.run(1, 20)
     world.policy.idle(world.tree, 120.0)
     assert world.pool.pages.num_in_use == 20
@@ -498,3 +498,32 @@ def test_a_reserve_larger_than_the_limit_is_refused(world: World) -> None:
     MemoryPolicy(world.pool, VTensorConfig(reserve=Size("50%", 0.5, True), memory_limit=half))
     with pytest.raises(ConfigError, match="--vtensor-reserve 60% is more than the memory limit of half; lower it"):
         MemoryPolicy(world.pool, VTensorConfig(reserve=Size("60%", 0.6, True), memory_limit=half))
+
+
+def test_the_log_speaks_of_a_full_device_and_not_again_and_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    world.run(1, 20)
+    world.policy.set_limit(pages(world, 30))
+    assert not world.admits(20)
+    assert "no memory" not in caplog.text, "it was the limit"
+    world.driver.capacity_bytes = world.driver.physical_bytes
+    for _ in range(3):
+        assert not world.admits(5)
+    assert caplog.text.count("the device has no memory for more pages, so requests wait") == 1
+    world.policy._said.clear()
+    assert not world.admits(5)
+    assert caplog.text.count("requests wait") == 2
+
+
+def test_the_log_says_when_memory_is_within_a_lower_limit(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    world.run(1, 100)
+    world.policy.set_limit(pages(world, 40))
+    world.policy.step(world.tree, 1.0)
+    assert "within the limit" not in caplog.text, "a request keeps what it has"
+    world.end(1, now=0.0)
+    for _ in range(3):
+        world.policy.step(world.tree, 1.0)
+    assert caplog.text.count("within the limit again") == 1

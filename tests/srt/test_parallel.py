@@ -126,3 +126,12 @@ def test_two_replicas_answer_like_one_process(
     shown = json.loads(capsys.readouterr().out)
     hits = [replica["tokens_hit"] for replica in shown["replicas"]]
     assert len(hits) == 2 and min(hits) > 0 and shown["tokens_hit"] == sum(hits)
+
+
+def test_the_page_tells_replicas_apart(two_replicas: SGLangServer) -> None:
+    pictures = [two_replicas.get(f"/vtensor/data?replica={number}").json() for number in (0, 1)]
+    assert [(one["stats"]["replica"], one["num_replicas"]) for one in pictures] == [(0, 2), (1, 2)]
+    sections = [state["vtensor"] for state in two_replicas.get("/server_info").json()["internal_states"]]
+    created = {section["replica"]: section["pages_created"] for section in sections}
+    assert {number: one["stats"]["pages_created"] for number, one in enumerate(pictures)} == created
+    assert all(created.values()), "both have worked"

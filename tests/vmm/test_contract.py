@@ -269,6 +269,7 @@ def test_more_than_there_is_raises_out_of_memory(driver: VmmDriver) -> None:
     assert caught.value.call and caught.value.code
     assert "release memory" in str(caught.value)
     assert state(driver) == before
+    assert driver.errors["create"] == 1
     driver.release(driver.create(driver.granularity))
 
 
@@ -361,6 +362,8 @@ def test_calls_and_seconds_are_counted(driver: VmmDriver) -> None:
     assert driver.calls == {"reserve": 1, "free_reservation": 1, "create": 1, "release": 1, "map": 2, "unmap": 2}
     assert driver.seconds.keys() == driver.calls.keys()
     assert all(0 < seconds < 5 for seconds in driver.seconds.values())
+    assert {kind: sum(counts) for kind, counts in driver.histogram.items()} == driver.calls
+    assert not any(driver.errors.values())
 
 
 # Tensors

@@ -49,6 +49,7 @@ def test_the_nth_call_of_a_kind_fails_once(inner: HostDriver) -> None:
         driver.create(driver.granularity)
     assert (caught.value.call, caught.value.code) == ("create", "INJECTED")
     assert inner.calls["create"] == 1, "the failing call did not reach the inner driver"
+    assert driver.errors["create"] == 1, "and yet it is counted among those refused"
     driver.create(driver.granularity)
     assert driver.attempts["create"] == 3
 
