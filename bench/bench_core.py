@@ -16,53 +16,17 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from results import Results
 
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.vmm.base import Allocation, DriverBase, Mapping, Reservation
+from sgl_vtensor.vmm.null import NullDriver
 
 GRANULE_BYTES = 2 << 20
 PAGE_TOKENS = 64
 PREFIX_PAGES, OWN_PAGES = 64, 32
 NUM_PREFIXES = 16
-
-
-class NullDriver(DriverBase):
-    """The tables of a driver, without a driver."""
-
-    name = "null"
-
-    def __init__(self) -> None:
-        super().__init__(GRANULE_BYTES, torch.device("cpu"))
-        self._next_address = GRANULE_BYTES
-
-    def _reserve(self, num_bytes: int) -> int:
-        address, self._next_address = self._next_address, self._next_address + num_bytes
-        return address
-
-    def _free_reservation(self, reservation: Reservation) -> None: ...
-
-    def _create(self, num_bytes: int) -> int:
-        return 1
-
-    def _release(self, allocation: Allocation) -> None: ...
-
-    def _reclaim(self, allocation: Allocation) -> None: ...
-
-    def _map(self, address: int, allocation: Allocation, reservation: Reservation, writable: bool) -> None: ...
-
-    def _unmap(self, address: int, mapping: Mapping) -> None: ...
-
-    def _tensor(self, address: int, num_bytes: int) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _memory_info(self) -> tuple[int, int]:
-        return 1 << 50, 1 << 50
-
-    def _close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +63,7 @@ class Load:
             granule_bytes=GRANULE_BYTES,
             page_tokens=PAGE_TOKENS,
         )
-        pages = Pages(NullDriver(), layout, size.pages)
+        pages = Pages(NullDriver(GRANULE_BYTES), layout, size.pages)
         self.pool = VTensorPool(
             pages, num_slots=size.running + 1, max_len_tokens=size.context_tokens, num_rows=size.rows
         )
