@@ -42,7 +42,7 @@ def _check_pages(pool: VTensorPool, owned: Collection[int]) -> None:
     pages = pool.pages
     in_use = np.flatnonzero(~pages.is_free[1:]) + 1
     if len(owned) != len(in_use) or set(owned) != set(in_use.tolist()):
-        twice = {page for page, count in Counter(owned).items() if count > 1}
+        twice = {page for page, count in Counter(list(owned)).items() if count > 1}
         _require(not twice, "owned twice:", twice)
         _require(False, "owned by somebody", sorted(owned), "and in use by the books", in_use.tolist())
     free = [*pages._free_backed, *pages._free_unbacked, *pages.fenced]

@@ -17,15 +17,19 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sgl_vtensor.core.checks import check_tables
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import PADDING_PAGE, Pages
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import PADDING_ROW
+from sgl_vtensor.core.trace import RecordedPool
 from sgl_vtensor.vmm.base import Mapping
 from sgl_vtensor.vmm.host import HostDriver
 
@@ -295,9 +299,10 @@ class Server:
         seed: what happens.
         timing: when kernels run. It must make no difference to any decision of the pool's.
         checks: look at all tables after each step; without, only the kernels notice that something is wrong.
+        trace: a file to record the pool to.
     """
 
-    def __init__(self, seed: int, timing: int = 0, *, checks: bool = True) -> None:
+    def __init__(self, seed: int, timing: int = 0, *, checks: bool = True, trace: Path | None = None) -> None:
         self.seed, self.timing, self.checks = seed, timing, checks
         self.dice = random.Random(seed)
         self.world = world = World.draw(self.dice)
@@ -314,7 +319,8 @@ class Server:
             page_tokens=world.page_tokens,
         )
         self.page_size_bytes = layout.page_bytes
-        self.pool = VTensorPool(
+        make: Callable[..., VTensorPool] = VTensorPool if trace is None else partial(RecordedPool, path=trace)
+        self.pool = make(
             Pages(self.driver, layout, world.num_pages),
             num_slots=world.num_slots,
             max_len_tokens=world.max_len,
@@ -360,6 +366,8 @@ class Server:
         finally:
             self.stream.clear()
             self.driver.close()
+            if isinstance(self.pool, RecordedPool):
+                self.pool.close_trace()
         return self
 
     def step(self) -> None:
@@ -755,63 +763,9 @@ class Server:
                 assert np.array_equal(view[slots], expected), f"a path of the tree, pages {pages}, was overwritten"
 
 
-def check_tables(pool: VTensorPool, driver: HostDriver, owned: list[int]) -> None:
-    """Every table of the pool's against every other, and against what the driver has mapped."""
-    pages, rows, current = pool.pages, pool.rows, driver._mappings
-
-    # Each page is owned once or free, and free in one way only.
-    assert len(owned) == len(set(owned)), f"owned twice: {[p for p, n in Counter(owned).items() if n > 1]}"
-    in_use = (np.flatnonzero(~pages.is_free[1:]) + 1).tolist()
-    assert sorted(owned) == in_use, f"owned by somebody {sorted(owned)}, in use by the books {in_use}"
-    free = [*pages._free_backed, *pages._free_unbacked, *pages.fenced]
-    assert len(free) == len(set(free)) == pages.num_available == pages.num_pages - len(owned)
-    assert pages.is_free[free].all()
-
-    # Backed pages, and only those, are at home.
-    backed = np.flatnonzero(pages.backed).tolist()
-    assert len(backed) == pages.num_backed and not pages.backed[pages._free_unbacked].any()
-    for page in backed:
-        mapping = current.get(pages.home(page))
-        assert mapping is not None and mapping.allocation is driver._allocations[pages.handle(page)], f"home of {page}"
-    assert driver.num_handles == np.count_nonzero(pages._handles)
-    assert driver.physical_bytes == driver.num_handles * pages.layout.page_bytes
-
-    # Rows are running, parked or empty; the tables say what is mapped.
-    running = pool.row_of_slot[np.flatnonzero(pool.row_of_slot)].tolist()
-    states = sorted([*running, *rows._parked, *rows._empty])
-    assert states == list(range(1, rows.num_rows)), f"running {running}, parked {[*rows._parked]}, empty {rows._empty}"
-    num_mapped = 0
-    for row, position in np.argwhere(rows.mapped).tolist():
-        page = int(rows.mapped[row, position])
-        mapping = current.get(rows.address(row, position))
-        assert mapping is not None, f"row {row} should map page {page} at {position}"
-        assert mapping.allocation is driver._allocations[pages.handle(page)], f"row {row} maps another at {position}"
-        assert row * rows.max_pages + position in rows._mappers[page], f"the index lacks row {row} for page {page}"
-        num_mapped += 1
-    assert sum(map(len, rows._mappers.values())) == num_mapped
-    assert rows.num_mappings == num_mapped + rows.max_pages
-    assert driver.num_mappings == rows.num_mappings + len(backed)
-    for row in rows._empty:
-        assert not rows.mapped[row].any(), f"row {row} is not empty"
-    high = np.where(rows.mapped.any(axis=1), rows.max_pages - (rows.mapped[:, ::-1] != 0).argmax(axis=1), 0)
-    assert np.array_equal(high, rows._high), "the highest mapped positions are not those noted"
-
-    # A running row shows what its request wants, or a fenced duplicate of it.
-    for slot in np.flatnonzero(pool.row_of_slot).tolist():
-        row, synced = int(pool.row_of_slot[slot]), int(pool.num_synced[slot])
-        wanted = pool.wanted[slot, : pool.num_wanted[slot]]
-        assert not pages.is_free[wanted].any(), f"slot {slot} wants a free page"
-        for position in np.flatnonzero(rows.mapped[row, :synced] != wanted[:synced]).tolist():
-            duplicate = int(rows.mapped[row, position])
-            assert rows._duplicates.get(row, {}).get(position) == duplicate, f"row {row} shows page {duplicate}"
-            assert duplicate in pages.fenced
-    fenced = [page for duplicates in rows._duplicates.values() for page in duplicates.values()]
-    assert sorted(fenced) == sorted(pages.fenced), f"fenced {sorted(pages.fenced)}, read as duplicates {sorted(fenced)}"
-
-
-def simulate(seed: int, num_steps: int, *, timing: int = 0, checks: bool = True) -> Server:
+def simulate(seed: int, num_steps: int, *, timing: int = 0, checks: bool = True, trace: Path | None = None) -> Server:
     """Run one seed to its end. A failure carries the seed, the step and how to replay it as notes."""
-    return Server(seed, timing, checks=checks).run(num_steps)
+    return Server(seed, timing, checks=checks, trace=trace).run(num_steps)
 
 
 def main() -> int:
