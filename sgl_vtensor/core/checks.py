@@ -48,7 +48,7 @@ def _check_pages(pool: VTensorPool, owned: Collection[int]) -> None:
     free = [*pages._free_backed, *pages._free_unbacked, *pages.fenced]
     num_free = pages.num_pages - len(owned)
     _require(len(free) == pages.num_available == num_free, "available", len(free), pages.num_available, num_free)
-    _require(np.unique(free).size == len(free), "free twice:", {page for page in free if free.count(page) > 1})
+    _require(np.unique(free).size == len(free), "a page is free twice among", free)
     _require(pages.is_free[free].all(), "a free page is in use by the books")
 
 
