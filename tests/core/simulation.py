@@ -4,19 +4,21 @@ Kernels run late: a launch notes what it will read and write, and touches the by
 or when the timing dice say so, in stream order. So every way in which unmapping, releasing, remapping or reuse can
 overtake a kernel can happen, and does. What happens and when kernels run are decided by separate dice.
 
-``python -m tests.core.simulation --seeds 1000 --steps 500`` for a long run, ``--seed S --timing T`` to replay one.
+``python -m tests.core.simulation --seeds 1000000 --steps 60 --record FILE`` for a long run, which goes on where it was
+ended; ``--seed S --timing T`` to replay one seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -768,6 +770,32 @@ def simulate(seed: int, num_steps: int, *, timing: int = 0, checks: bool = True,
     return Server(seed, timing, checks=checks, trace=trace).run(num_steps)
 
 
+@dataclass
+class Progress:
+    """How far a long run has come: kept in a file, it goes on where it was ended."""
+
+    first: int
+    steps: int
+    timing: int
+    done: int = 0
+    seconds: float = 0.0
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def resume(self, path: Path) -> None:
+        """Take over what the file says was done with the same settings."""
+        if path.exists():
+            before = Progress(**json.loads(path.read_text()))
+            if (before.first, before.steps, before.timing) != (self.first, self.steps, self.timing):
+                raise SystemExit(f"{path} is of a run with other settings: {before}; name another file")
+            self.done, self.seconds, self.seen = before.done, before.seconds, before.seen
+
+    def save(self, path: Path) -> None:
+        """A run that is killed meanwhile leaves the file of the last time."""
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(json.dumps(asdict(self)))
+        new.replace(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=100, help="how many seeds to run")
@@ -775,16 +803,25 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="run this one only")
     parser.add_argument("--timing", type=int, default=0, help="when kernels run")
     parser.add_argument("--steps", type=int, default=500, help="scheduling steps a seed")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="keep the progress there, and go on from it")
     args = parser.parse_args()
-    seeds = range(args.first, args.first + args.seeds) if args.seed is None else range(args.seed, args.seed + 1)
-    seen: Counter[str] = Counter()
-    began = shown = time.monotonic()
-    for count, seed in enumerate(seeds, 1):
-        seen += simulate(seed, args.steps, timing=args.timing).seen
+    first, num_seeds = (args.first, args.seeds) if args.seed is None else (args.seed, 1)
+    progress = Progress(first, args.steps, args.timing)
+    if args.record is not None:
+        progress.resume(args.record)
+    seen = Counter(progress.seen)
+    began, shown = time.monotonic() - progress.seconds, time.monotonic()
+    while progress.done < num_seeds:
+        seen += simulate(first + progress.done, args.steps, timing=args.timing).seen
+        progress.done += 1
         now = time.monotonic()
-        if now - shown > 10 or count == len(seeds):
-            shown, steps = now, count * args.steps
-            print(f"{count} seeds, {steps} steps, {steps / (now - began):.0f} steps/s, no difference", flush=True)
+        if now - shown > 10 or progress.done == num_seeds:
+            shown, steps = now, progress.done * args.steps
+            progress.seconds, progress.seen = now - began, dict(seen)
+            rate = steps / progress.seconds
+            print(f"{progress.done} seeds, {steps} steps, {rate:.0f} steps/s, no difference", flush=True)
+            if args.record is not None:
+                progress.save(args.record)
     print(", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
     return 0
 
