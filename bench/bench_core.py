@@ -1,14 +1,16 @@
 """What the books of the pool cost the scheduler's thread: admit, decode step and free, as the server grows.
 
 The driver here does nothing, so that only our own Python is timed; what driver calls cost is in ``bench_vmm`` and in
-the servers' figures. Needs no GPU:
+the servers' figures. With ``--trace``, also what recording adds to it, how large the trace is, and how fast it is
+replayed. Needs no GPU:
 
-    python bench/bench_core.py [--steps 300] [--no-record]
+    python bench/bench_core.py [--steps 300] [--trace] [--no-record]
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from array import array
 from collections.abc import Callable
@@ -30,12 +32,14 @@ from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.core.replay import replay
+from sgl_vtensor.core.trace import RecordedPool, TraceReader
 from sgl_vtensor.srt.agree import NUM_DIGESTS, Ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.memory import MemoryPolicy
 from sgl_vtensor.srt.prefix import PageRun, VTensorRadixCache
 from sgl_vtensor.srt.runtime import Runtime
-from sgl_vtensor.vmm.base import Allocation, DriverBase, Mapping, Reservation
+from sgl_vtensor.vmm.null import NullDriver
 
 GRANULE_BYTES = 2 << 20
 PAGE_TOKENS = 64
@@ -43,41 +47,6 @@ PREFIX_PAGES, OWN_PAGES = 64, 32
 NUM_PREFIXES = 16
 EVICTED_PAGES = 16
 """What a decode step of 1 000 requests takes, on average, of pages of 64 tokens."""
-
-
-class NullDriver(DriverBase):
-    """The tables of a driver, without a driver."""
-
-    name = "null"
-
-    def __init__(self) -> None:
-        super().__init__(GRANULE_BYTES, torch.device("cpu"))
-        self._next_address = GRANULE_BYTES
-
-    def _reserve(self, num_bytes: int) -> int:
-        address, self._next_address = self._next_address, self._next_address + num_bytes
-        return address
-
-    def _free_reservation(self, reservation: Reservation) -> None: ...
-
-    def _create(self, num_bytes: int) -> int:
-        return 1
-
-    def _release(self, allocation: Allocation) -> None: ...
-
-    def _reclaim(self, allocation: Allocation) -> None: ...
-
-    def _map(self, address: int, allocation: Allocation, reservation: Reservation, writable: bool) -> None: ...
-
-    def _unmap(self, address: int, mapping: Mapping) -> None: ...
-
-    def _tensor(self, address: int, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
-
-    def _memory_info(self) -> tuple[int, int]:
-        return 1 << 50, 1 << 50
-
-    def _close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +79,7 @@ SIZES = (
 class Load:
     """Requests that share prefixes, run, end, and leave parked rows behind; each new one takes the place of another."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, trace: Path | None = None) -> None:
         layout = plan_layout(
             num_layers=32,
             num_kv_heads=8,
@@ -120,23 +89,32 @@ class Load:
             granule_bytes=GRANULE_BYTES,
             page_tokens=PAGE_TOKENS,
         )
-        pages = Pages(NullDriver(), layout, size.pages)
-        self.pool = VTensorPool(
-            pages, num_slots=size.running + 1, max_len_tokens=size.context_tokens, num_rows=size.rows
-        )
-        pages.secure(size.pages)
+        pages = Pages(NullDriver(GRANULE_BYTES), layout, size.pages)
+        make: Callable[..., VTensorPool] = VTensorPool if trace is None else partial(RecordedPool, path=trace)
+        self.pool = make(pages, num_slots=size.running + 1, max_len_tokens=size.context_tokens, num_rows=size.rows)
+        self.pool.secure(size.pages)
         self.dice = np.random.default_rng(1)
         self.slots = np.arange(1, size.running + 1)
         self.lens = np.zeros(size.running + 2, dtype=np.int64)
         self.prefixes = []
         for _ in range(NUM_PREFIXES):
-            self.prefixes.append(pages.take_many(PREFIX_PAGES))
+            self.prefixes.append(self.cache())
         for slot in self.slots.tolist():
             self.admit(slot)
         for _ in range(2 * size.rows):  # until every row has been used
             slot = int(self.dice.choice(self.slots))
             self.free(slot)
             self.admit(slot)
+
+    def cache(self) -> list[int]:
+        """A prefix that the tree keeps."""
+        slot, len_tokens = self.pool.num_slots, PREFIX_PAGES * PAGE_TOKENS
+        self.pool.open(slot, [], len_tokens)
+        self.pool.grow([slot], [len_tokens])
+        pages = self.pool.pages_of(slot, 0, PREFIX_PAGES)
+        self.pool.adopt(slot, 0, pages)
+        self.pool.close(slot)
+        return pages
 
     def admit(self, slot: int) -> None:
         """A prefix hit, pages of its own, and its row in step."""
@@ -236,37 +214,64 @@ def timed(call: Callable[[], None]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the pool's books cost the scheduler's thread.")
     parser.add_argument("--steps", type=int, default=300, help="decode steps a size (%(default)s)")
+    parser.add_argument("--trace", action="store_true", help="also with a trace being recorded, and replay it")
     parser.add_argument("--no-record", action="store_true", help="only print")
     parser.add_argument("--out", type=Path, help="a folder for a copy of the rows")
     options = parser.parse_args()
     results = None if options.no_record else Results("core", options.out)
     for size in SIZES:
-        load = Load(size)
-        around = Surroundings(load, size)
-        times: dict[str, list[float]] = {}
+        measure(size, options.steps, results)
+        if options.trace:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "trace"
+                measure(size, options.steps, results, path)
+                measure_replay(size, path, results)
 
-        def note(name: str, call: Callable[[], None], times: dict[str, list[float]] = times) -> None:
-            times.setdefault(name, []).append(timed(call))
 
-        for step in range(options.steps):
-            note("decode_step", load.decode)
+def measure(size: Size, steps: int, results: Results | None, trace: Path | None = None) -> None:
+    """One size, recorded or not."""
+    load = Load(size, trace)
+    around = Surroundings(load, size) if trace is None else None
+    times: dict[str, list[float]] = {}
+
+    def note(name: str, call: Callable[[], None]) -> None:
+        times.setdefault(name, []).append(timed(call))
+
+    for step in range(steps):
+        note("decode_step", load.decode)
+        if around is not None:
             note("launch", around.launch)
-            slot = int(load.slots[step % size.running])
-            note("free", partial(load.free, slot))
-            note("admit", partial(load.admit, slot))
-            if step % 10 == 0:
-                around.policy._next_decision = 0.0
-                note("look", around.look)
-                note("figures", around.figures)
-                around.pool.pages.limit_pages = around.pool.pages.num_in_use
-                note("evict", around.evict)
-                around.pool.pages.limit_pages = size.pages
-                around.cache(EVICTED_PAGES)
-        for name, values in times.items():
-            low, middle, high = np.percentile(values, (20, 50, 80))
-            print(f"{size!s:60} {name:12} {middle:9.1f} us  ({low:.1f} to {high:.1f})", flush=True)
-            if results:
-                results.add(str(size), "vtensor", f"{name}_time", "us", values)
+        slot = int(load.slots[step % size.running])
+        note("free", partial(load.free, slot))
+        note("admit", partial(load.admit, slot))
+        if around is not None and step % 10 == 0:
+            around.policy._next_decision = 0.0
+            note("look", around.look)
+            note("figures", around.figures)
+            around.pool.pages.limit_pages = around.pool.pages.num_in_use
+            note("evict", around.evict)
+            around.pool.pages.limit_pages = size.pages
+            around.cache(EVICTED_PAGES)
+    impl = "vtensor" if trace is None else "vtensor-trace"
+    for name, values in times.items():
+        low, middle, high = np.percentile(values, (20, 50, 80))
+        print(f"{size!s:60} {impl:13} {name:12} {middle:9.1f} us  ({low:.1f} to {high:.1f})", flush=True)
+        if results:
+            results.add(str(size), impl, f"{name}_time", "us", values)
+    if isinstance(load.pool, RecordedPool):
+        load.pool.close_trace()
+
+
+def measure_replay(size: Size, path: Path, results: Results | None) -> None:
+    """A trace's bytes, and its events a second."""
+    result = replay(TraceReader(path))
+    if result.broken is not None:
+        raise SystemExit(f"the trace does not replay: {result.broken}")
+    size_bytes, rate = path.stat().st_size / result.events, result.events / result.seconds
+    for name, unit, value in (("trace_size", "B/event", size_bytes), ("replay_rate", "events/s", rate)):
+        print(f"{size!s:60} {'vtensor-trace':13} {name:12} {value:9.1f} {unit}", flush=True)
+        if results:
+            results.add(str(size), "vtensor-trace", name, unit, [value])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sgl_vtensor.errors import ConfigError
@@ -91,6 +92,8 @@ class VTensorConfig:
     """Cached prefixes that nobody asked for in so long are dropped; 0: never."""
     cache_keep: Size = Size("0%", 0.0, True)
     """So much of the cache is kept however old it is."""
+    trace: Path | None = None
+    """Record what the pool does to this file, one for each rank; None: do not."""
     debug: bool = False
     """Check every invariant before each launch. Slow."""
 
@@ -130,6 +133,12 @@ def _parse_float(name: str, text: str) -> float:
         raise ConfigError(f"{name}={text!r} is not a number") from error
 
 
+def _parse_path(name: str, text: str) -> Path:
+    if not text.strip():
+        raise ConfigError(f"{name} is empty; give a file")
+    return Path(text)
+
+
 _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "page_tokens": _parse_int,
     "num_rows": _parse_int,
@@ -139,6 +148,7 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "cache_seconds": _parse_float,
     "cache_keep": parse_size,
     "unmap_rows": _parse_bool,
+    "trace": _parse_path,
     "debug": _parse_bool,
 }
 

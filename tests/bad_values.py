@@ -12,6 +12,7 @@ _BAD: dict[str, tuple[str, ...]] = {
     "float": ("", "soon", "-1", "-0.1", "nan", "inf", "-inf", "1e999"),
     "Size": ("", "lots", "12", "GiB", "%", "-1GiB", "-5%", "101%", "1.5.5GiB", "1GiB2", "2000TiB", f"{_HUGE}GiB"),
     "bool": ("2", "-1", "maybe"),
+    "Path": ("", "  "),
     "Kernel": ("", "Triton", "cuda", "auto,torch"),
 }
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sgl_vtensor.errors import ConfigError, VTensorError
 
@@ -101,7 +102,43 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", default="40GiB", metavar="SIZE", help="for KV on one GPU (%(default)s)")
     plan.add_argument("--json", action="store_true", help="print the figures for programs")
     plan.set_defaults(run=_plan)
+
+    replay = commands.add_parser(
+        "replay",
+        help="run the trace of a server again, look for what broke, and for what other pages would take",
+        description="Reads a file that --vtensor-trace wrote, makes the same calls on a pool as large, compares what "
+        "comes of them and checks all tables. Needs no GPU and little memory. Exit status 1 if something broke, "
+        "with the event. --page-tokens and --num-rows add what another pool would have taken.",
+    )
+    replay.add_argument("file", type=Path, metavar="FILE", help="the trace of one rank, like trace.0")
+    replay.add_argument("--page-tokens", type=int, metavar="N", help="tokens in one page of the other pool")
+    replay.add_argument("--num-rows", type=int, metavar="N", help="rows of the other pool")
+    replay.add_argument(
+        "--check-every",
+        type=int,
+        metavar="N",
+        help="look at all tables after every N events; where that finds something, the trace is run once more to find "
+        "the first event. Default: 1 up to 511 pages, more for larger pools",
+    )
+    replay.add_argument("--json", action="store_true", help="print the figures for programs")
+    replay.set_defaults(run=_replay)
     return result
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from sgl_vtensor.cli import replay
+
+    for name in ("page_tokens", "num_rows", "check_every"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is too few; give at least 1")
+    return replay.run(
+        options.file,
+        page_tokens=options.page_tokens,
+        num_rows=options.num_rows,
+        check_every=options.check_every,
+        as_json=options.json,
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:

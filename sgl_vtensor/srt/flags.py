@@ -135,6 +135,12 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
         help="Keep so much of the cache however old it is, like 2GiB or 10%%. Default: 0%%.",
     )
     group.add_argument(
+        "--vtensor-trace",
+        metavar="FILE",
+        help="Record what the pool does, for 'sgl-vtensor replay'; no text and no tokens. Each rank writes a file of "
+        "its own: FILE.0, FILE.1 and so on, replica after replica. A file that is there already is kept.",
+    )
+    group.add_argument(
         "--vtensor-debug",
         action="store_true",
         default=None,

@@ -128,7 +128,7 @@ class MemoryPolicy:
         self._idle_since = None
         ready = self.pool.pages.num_free_backed
         if ready < self.reserve_pages:
-            self.pool.pages.secure(min(self.reserve_pages, ready + PAGES_CREATED_AT_ONCE))
+            self.pool.prepare(min(self.reserve_pages, ready + PAGES_CREATED_AT_ONCE))
 
     def idle(self, tree_cache: Any, now: float) -> None:
         """No batch is in flight. SGLang comes here again and again while there is nothing to do."""

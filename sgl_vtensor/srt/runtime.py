@@ -8,6 +8,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sglang.srt.runtime_context import get_parallel
 from sgl_vtensor.config import VTensorConfig, format_bytes
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import WINDOW_BYTES_MAX
+from sgl_vtensor.core.trace import RecordedPool
 from sgl_vtensor.errors import ConfigError, OutOfMemory
 from sgl_vtensor.srt import page
 from sgl_vtensor.srt.agree import Decision, join_ranks
@@ -282,7 +284,8 @@ def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
         )
     pages = kv_pool.pages
     num_rows = _num_rows(config, slots.size, pages.layout.num_pages(slots.max_context_len) * pages.layout.page_bytes)
-    pool = VTensorPool(
+    make_pool = VTensorPool if config.trace is None else partial(RecordedPool, path=_trace_of_rank(config.trace))
+    pool = make_pool(
         pages,
         num_slots=slots.size,
         max_len_tokens=slots.max_context_len,
@@ -302,6 +305,12 @@ def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
         pool.rows.window_bytes / (1 << 40),
         pool.rows.max_mappings or "any number of",
     )
+
+
+def _trace_of_rank(path: Path) -> Path:
+    """Ranks are counted through all replicas, as SGLang counts their GPUs."""
+    parallel = get_parallel()
+    return path.with_name(f"{path.name}.{(parallel.dp_rank or 0) * parallel.tp_size + parallel.tp_rank}")
 
 
 def _num_rows(config: VTensorConfig, num_slots: int, row_bytes: int) -> int:

@@ -4,28 +4,34 @@ Kernels run late: a launch notes what it will read and write, and touches the by
 or when the timing dice say so, in stream order. So every way in which unmapping, releasing, remapping or reuse can
 overtake a kernel can happen, and does. What happens and when kernels run are decided by separate dice.
 
-``python -m tests.core.simulation --seeds 1000 --steps 500`` for a long run, ``--seed S --timing T`` to replay one.
+``python -m tests.core.simulation --seeds 1000000 --steps 60 --record FILE`` for a long run, which goes on where it was
+ended; ``--seed S --timing T`` to replay one seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sgl_vtensor.core.checks import check_tables
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import PADDING_PAGE, Pages
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import PADDING_ROW
+from sgl_vtensor.core.trace import RecordedPool
 from sgl_vtensor.vmm.base import Mapping
 from sgl_vtensor.vmm.host import HostDriver
 
@@ -295,9 +301,10 @@ class Server:
         seed: what happens.
         timing: when kernels run. It must make no difference to any decision of the pool's.
         checks: look at all tables after each step; without, only the kernels notice that something is wrong.
+        trace: a file to record the pool to.
     """
 
-    def __init__(self, seed: int, timing: int = 0, *, checks: bool = True) -> None:
+    def __init__(self, seed: int, timing: int = 0, *, checks: bool = True, trace: Path | None = None) -> None:
         self.seed, self.timing, self.checks = seed, timing, checks
         self.dice = random.Random(seed)
         self.world = world = World.draw(self.dice)
@@ -314,7 +321,8 @@ class Server:
             page_tokens=world.page_tokens,
         )
         self.page_size_bytes = layout.page_bytes
-        self.pool = VTensorPool(
+        make: Callable[..., VTensorPool] = VTensorPool if trace is None else partial(RecordedPool, path=trace)
+        self.pool = make(
             Pages(self.driver, layout, world.num_pages),
             num_slots=world.num_slots,
             max_len_tokens=world.max_len,
@@ -360,6 +368,8 @@ class Server:
         finally:
             self.stream.clear()
             self.driver.close()
+            if isinstance(self.pool, RecordedPool):
+                self.pool.close_trace()
         return self
 
     def step(self) -> None:
@@ -755,71 +765,35 @@ class Server:
                 assert np.array_equal(view[slots], expected), f"a path of the tree, pages {pages}, was overwritten"
 
 
-def check_tables(pool: VTensorPool, driver: HostDriver, owned: list[int]) -> None:
-    """Every table of the pool's against every other, and against what the driver has mapped."""
-    pages, rows, current = pool.pages, pool.rows, driver._mappings
-
-    # Each page is owned once or free, and free in one way only.
-    assert len(owned) == len(set(owned)), f"owned twice: {[p for p, n in Counter(owned).items() if n > 1]}"
-    in_use = (np.flatnonzero(~pages.is_free[1:]) + 1).tolist()
-    assert sorted(owned) == in_use, f"owned by somebody {sorted(owned)}, in use by the books {in_use}"
-    free = [*pages._free_backed, *pages._free_unbacked, *pages.fenced]
-    assert len(free) == len(set(free)) == pages.num_available == pages.num_pages - len(owned)
-    assert pages.is_free[free].all()
-
-    # Backed pages, and only those, are at home.
-    backed = np.flatnonzero(pages.backed).tolist()
-    assert len(backed) == pages.num_backed and not pages.backed[pages._free_unbacked].any()
-    for page in backed:
-        mapping = current.get(pages.home(page))
-        assert mapping is not None and mapping.allocation is driver._allocations[pages.handle(page)], f"home of {page}"
-    assert pages.num_created - pages.num_released == pages.num_backed - 1
-    assert driver.num_handles == np.count_nonzero(pages._handles)
-    assert driver.physical_bytes == driver.num_handles * pages.layout.page_bytes
-
-    # Rows are running, parked or empty; the tables say what is mapped.
-    running = pool.row_of_slot[np.flatnonzero(pool.row_of_slot)].tolist()
-    states = sorted([*running, *rows._parked, *rows._empty])
-    assert states == list(range(1, rows.num_rows)), f"running {running}, parked {[*rows._parked]}, empty {rows._empty}"
-    num_mapped = 0
-    for row, position in np.argwhere(rows.mapped).tolist():
-        page = int(rows.mapped[row, position])
-        mapping = current.get(rows.address(row, position))
-        assert mapping is not None, f"row {row} should map page {page} at {position}"
-        assert mapping.allocation is driver._allocations[pages.handle(page)], f"row {row} maps another at {position}"
-        assert row * rows.max_pages + position in rows._mappers[page], f"the index lacks row {row} for page {page}"
-        num_mapped += 1
-    assert sum(map(len, rows._mappers.values())) == num_mapped
-    assert rows.num_mappings == num_mapped + rows.max_pages
-    assert driver.num_mappings == rows.num_mappings + len(backed)
-    for row in rows._empty:
-        assert not rows.mapped[row].any(), f"row {row} is not empty"
-    high = np.where(rows.mapped.any(axis=1), rows.max_pages - (rows.mapped[:, ::-1] != 0).argmax(axis=1), 0)
-    assert np.array_equal(high, rows._high), "the highest mapped positions are not those noted"
-
-    # Figures that are kept as they change.
-    open_slots = np.flatnonzero(pool.row_of_slot).tolist()
-    having = Counter(page for slot in open_slots for page in pool.wanted[slot, : pool.num_wanted[slot]].tolist())
-    shared = sum(count > 1 for count in having.values())
-    figures = (pool.num_open, pool.pages_seen, pool.pages_running, pool.pages_shared)
-    assert figures == (len(open_slots), having.total(), len(having), shared)
-
-    # A running row shows what its request wants, or a fenced duplicate of it.
-    for slot in np.flatnonzero(pool.row_of_slot).tolist():
-        row, synced = int(pool.row_of_slot[slot]), int(pool.num_synced[slot])
-        wanted = pool.wanted[slot, : pool.num_wanted[slot]]
-        assert not pages.is_free[wanted].any(), f"slot {slot} wants a free page"
-        for position in np.flatnonzero(rows.mapped[row, :synced] != wanted[:synced]).tolist():
-            duplicate = int(rows.mapped[row, position])
-            assert rows._duplicates.get(row, {}).get(position) == duplicate, f"row {row} shows page {duplicate}"
-            assert duplicate in pages.fenced
-    fenced = [page for duplicates in rows._duplicates.values() for page in duplicates.values()]
-    assert sorted(fenced) == sorted(pages.fenced), f"fenced {sorted(pages.fenced)}, read as duplicates {sorted(fenced)}"
-
-
-def simulate(seed: int, num_steps: int, *, timing: int = 0, checks: bool = True) -> Server:
+def simulate(seed: int, num_steps: int, *, timing: int = 0, checks: bool = True, trace: Path | None = None) -> Server:
     """Run one seed to its end. A failure carries the seed, the step and how to replay it as notes."""
-    return Server(seed, timing, checks=checks).run(num_steps)
+    return Server(seed, timing, checks=checks, trace=trace).run(num_steps)
+
+
+@dataclass
+class Progress:
+    """How far a long run has come: kept in a file, it goes on where it was ended."""
+
+    first: int
+    steps: int
+    timing: int
+    done: int = 0
+    seconds: float = 0.0
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def resume(self, path: Path) -> None:
+        """Take over what the file says was done with the same settings."""
+        if path.exists():
+            before = Progress(**json.loads(path.read_text()))
+            if (before.first, before.steps, before.timing) != (self.first, self.steps, self.timing):
+                raise SystemExit(f"{path} is of a run with other settings: {before}; name another file")
+            self.done, self.seconds, self.seen = before.done, before.seconds, before.seen
+
+    def save(self, path: Path) -> None:
+        """A run that is killed meanwhile leaves the file of the last time."""
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(json.dumps(asdict(self)))
+        new.replace(path)
 
 
 def main() -> int:
@@ -829,16 +803,25 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="run this one only")
     parser.add_argument("--timing", type=int, default=0, help="when kernels run")
     parser.add_argument("--steps", type=int, default=500, help="scheduling steps a seed")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="keep the progress there, and go on from it")
     args = parser.parse_args()
-    seeds = range(args.first, args.first + args.seeds) if args.seed is None else range(args.seed, args.seed + 1)
-    seen: Counter[str] = Counter()
-    began = shown = time.monotonic()
-    for count, seed in enumerate(seeds, 1):
-        seen += simulate(seed, args.steps, timing=args.timing).seen
+    first, num_seeds = (args.first, args.seeds) if args.seed is None else (args.seed, 1)
+    progress = Progress(first, args.steps, args.timing)
+    if args.record is not None:
+        progress.resume(args.record)
+    seen = Counter(progress.seen)
+    began, shown = time.monotonic() - progress.seconds, time.monotonic()
+    while progress.done < num_seeds:
+        seen += simulate(first + progress.done, args.steps, timing=args.timing).seen
+        progress.done += 1
         now = time.monotonic()
-        if now - shown > 10 or count == len(seeds):
-            shown, steps = now, count * args.steps
-            print(f"{count} seeds, {steps} steps, {steps / (now - began):.0f} steps/s, no difference", flush=True)
+        if now - shown > 10 or progress.done == num_seeds:
+            shown, steps = now, progress.done * args.steps
+            progress.seconds, progress.seen = now - began, dict(seen)
+            rate = steps / progress.seconds
+            print(f"{progress.done} seeds, {steps} steps, {rate:.0f} steps/s, no difference", flush=True)
+            if args.record is not None:
+                progress.save(args.record)
     print(", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
     return 0
 

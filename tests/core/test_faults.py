@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sgl_vtensor.core.checks import check_tables
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.errors import DriverError, OutOfMemory
@@ -18,7 +19,6 @@ from sgl_vtensor.vmm.base import CALL_KINDS
 from sgl_vtensor.vmm.faults import Call, Fault, FaultyDriver
 from sgl_vtensor.vmm.host import HostDriver
 from tests.core.conftest import ManualFence, read_tokens, small_layout, write_tokens
-from tests.core.simulation import check_tables
 
 CORE = Path(sys.modules[Pages.__module__].__file__ or "").parent
 

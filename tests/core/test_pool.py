@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sgl_vtensor.core.checks import check_tables
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.errors import VTensorError
 from sgl_vtensor.vmm.host import HostDriver
 from tests.core.conftest import MakePool, ManualFence, end_request, read_tokens, start_request, write_tokens
-from tests.core.simulation import check_tables
 
 
 @pytest.mark.parametrize("len_tokens", [1, 3, 4, 5, 7, 8, 9, 23, 24])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.core import simulation
 from tests.core.simulation import Kernel, Server, simulate
 
 NUM_SEEDS = 300
@@ -91,3 +94,25 @@ def test_the_long_run_is_a_command() -> None:
     command = [sys.executable, "-m", "tests.core.simulation", "--seeds", "3", "--steps", "40"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
     assert "3 seeds, 120 steps" in result.stdout and "launch" in result.stdout
+
+
+def test_a_long_run_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts or at once, the same seeds have run and the same has happened; other settings are refused."""
+    ran: list[int] = []
+    original = simulation.simulate
+    monkeypatch.setattr(simulation, "simulate", lambda seed, *a, **k: (ran.append(seed), original(seed, *a, **k))[1])
+
+    def run(*flags: str) -> dict[str, Any]:
+        path = tmp_path / flags[-1]
+        arguments = ["simulation", "--first", "5", "--steps", "20", *flags[:-1], "--record", str(path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert simulation.main() == 0
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    run("--seeds", "2", "parts")
+    parts = run("--seeds", "5", "parts")
+    assert ran == [5, 6, 7, 8, 9] and parts["done"] == 5
+    assert run("--seeds", "5", "whole")["seen"] == parts["seen"]
+    with pytest.raises(SystemExit, match="other settings"):
+        run("--seeds", "9", "--timing", "1", "parts")

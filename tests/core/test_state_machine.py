@@ -24,11 +24,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from sgl_vtensor.core.checks import check_tables
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import Rows
 from sgl_vtensor.vmm.host import HostDriver
 from tests.core.conftest import PAGE_TOKENS, ManualFence, read_tokens, small_pool, write_tokens
-from tests.core.simulation import check_tables
 
 SLOTS = 3
 MAX_LEN = 6 * PAGE_TOKENS

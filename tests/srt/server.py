@@ -17,6 +17,8 @@ from typing import Any
 import requests
 
 from sgl_vtensor.cli.server import Server, free_port
+from sgl_vtensor.core.replay import replay
+from sgl_vtensor.core.trace import TraceReader
 
 READY = "The server is fired up and ready to roll!"
 START_SECONDS = 180.0
@@ -173,6 +175,13 @@ class SGLangServer:
             self._read_to = file.tell()
         bad = [line for line in text.splitlines() if _BAD.search(line) and not _HARMLESS.search(line)]
         assert not bad, "the log says:\n" + "\n".join(bad[:20]) + f"\n...\n{self.tail()}"
+
+
+def check_replay(path: Path) -> None:
+    """What a server has recorded comes out the same again, and nothing in it is broken."""
+    result = replay(TraceReader(path))
+    assert result.broken is None, result.broken
+    assert result.figures.requests > 0 and result.figures.launches > 0
 
 
 def generate_body(prompt: Sequence[int], tokens: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from test_runtime import World
 
+from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.srt import page, runtime
 from sgl_vtensor.srt.page import DATA_PATH, LOOK_SECONDS, MAX_SHARE, PATH, Looks, add_routes, picture, prefixes_picture
 from sgl_vtensor.srt.prefix import PageRun
@@ -205,7 +206,7 @@ class Shown(World):
     """Two requests with a cached prefix in common, one parked row, and a server of the page over them."""
 
     def __init__(self, driver: FaultyDriver) -> None:
-        super().__init__(driver)
+        super().__init__(driver, VTensorConfig())
         self.allocator.tokens_hit = self.allocator.tokens_computed = 0
         self.tree = Tree()
         self.prefill([1], 40)

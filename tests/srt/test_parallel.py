@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import Expected, Start, StockAnswers
 from fault_plan import FaultPlan
-from server import PAGE_TOKENS, VTENSOR, SGLangServer, generate_body
+from server import PAGE_TOKENS, VTENSOR, SGLangServer, check_replay, generate_body
 
 from sgl_vtensor.cli.main import main
 
@@ -27,7 +27,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> FaultPlan:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(start: Start, plan: FaultPlan) -> Iterator[SGLangServer]:
+def two_ranks(start: Start, plan: FaultPlan, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     # It sleeps when idle: two ranks that poll would leave the replicas that start after it half of two cores.
     flags = (
         "--tp-size=2",
@@ -38,12 +38,15 @@ def two_ranks(start: Start, plan: FaultPlan) -> Iterator[SGLangServer]:
     )
     before = boards()
     ages = ("--vtensor-cache-seconds=3", "--vtensor-idle-seconds=1")
-    with start(*VTENSOR, *flags, *ages, env=CORES | plan.environment) as server:
+    path = tmp_path_factory.mktemp("trace") / "trace"
+    with start(*VTENSOR, *flags, *ages, f"--vtensor-trace={path}", env=CORES | plan.environment) as server:
         assert boards() == before, "the board's name is gone once all ranks have it"
         yield server
         server.check_healthy()
         figures = server.vtensor()
         assert figures["launches_compared"] > figures["launches"] - 16, "the ranks have compared what they decided"
+    for rank in (0, 1):
+        check_replay(path.with_name(f"trace.{rank}"))
 
 
 @pytest.fixture(scope="module")

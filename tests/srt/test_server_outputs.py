@@ -1,4 +1,5 @@
-"""Servers with vTensor memory answer token for token what stock SGLang answers, whatever happens to the cache."""
+"""Servers with vTensor memory answer token for token what stock SGLang answers, whatever happens to the cache; and the
+traces that they record meanwhile replay."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import Expected, Start, StockAnswers
-from server import PAGE_TOKENS, VTENSOR, SGLangServer, generate_body
+from server import PAGE_TOKENS, VTENSOR, SGLangServer, check_replay, generate_body
 
 pytestmark = pytest.mark.server
 
@@ -44,11 +45,15 @@ KINDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def running(request: pytest.FixtureRequest, start: Start, stock: StockAnswers) -> Iterator[SGLangServer]:
+def running(
+    request: pytest.FixtureRequest, start: Start, stock: StockAnswers, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SGLangServer]:
     flags, env = KINDS[request.param]
-    with start(*VTENSOR, *flags, env=env) as server:
+    path = tmp_path_factory.mktemp("trace") / "trace"
+    with start(*VTENSOR, *flags, f"--vtensor-trace={path}", env=env) as server:
         assert "vTensor attention" in server.log.read_text(errors="replace")
         yield server
+    check_replay(path.with_name("trace.0"))
 
 
 @pytest.fixture
