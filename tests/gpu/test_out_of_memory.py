@@ -25,8 +25,9 @@ SLACK_BYTES = 96 << 20
 def driver() -> Iterator[VmmDriver]:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    torch.zeros(1, device="cuda")
     with open_driver("cuda") as driver:
+        # A full device has no room to load a kernel for the first time.
+        assert torch.full((driver.granularity,), 7, dtype=torch.uint8, device="cuda").fill_(7).min().item() == 7
         yield driver
     gc.collect()
     torch.cuda.empty_cache()
