@@ -102,7 +102,10 @@ class MemoryPolicy:
         Requests that were accepted before are served all the same, each alone if need be (``VTensorPrefillBudget``).
         """
         len_tokens, input_len_tokens = self.full_request_lens
-        cut = max(0, len_tokens - (self.pool.pages.limit_pages * self.pool.layout.page_tokens - 1))
+        pages, page_tokens = self.pool.pages, self.pool.layout.page_tokens
+        # Admission wants a page more than a request fills: without, the longest would wait for ever, and all behind it.
+        most = min(pages.limit_pages * page_tokens - 1, (pages.num_pages - 1) * page_tokens)
+        cut = max(0, len_tokens - most)
         return len_tokens - cut, input_len_tokens - cut
 
     # What happens between launches.
