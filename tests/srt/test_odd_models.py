@@ -19,7 +19,7 @@ from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.vmm.host import HostDriver
 
-ODDEST = TinyLlama(layers=1, heads=9, kv_heads=3, head_dim=80, hidden=48)
+ODDEST = TinyLlama(layers=1, heads=9, kv_heads=3, head_dim=80, hidden=45)
 
 
 @pytest.mark.parametrize("page_tokens", [None, 1, 7, 16])
