@@ -30,6 +30,7 @@ MARGIN_BYTES = 512 << 20
 """Device memory that is never taken: other allocations of this process and its neighbours need some."""
 NEIGHBOUR_SECONDS = 30.0
 """While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
+PAGES_BESIDE_A_REQUEST = 2
 RELEASE_AGAIN_SECONDS = 5.0
 WARNING_SECONDS = 5.0
 SAY_SECONDS = 30.0
@@ -104,8 +105,9 @@ class MemoryPolicy:
         """
         len_tokens, input_len_tokens = self.full_request_lens
         pages, page_tokens = self.pool.pages, self.pool.layout.page_tokens
-        # Admission wants a page more than a request fills: without, the longest would wait for ever, and all behind it.
-        most = min(pages.limit_pages * page_tokens - 1, (pages.num_pages - 1) * page_tokens)
+        # Admission wants a page more than a request fills, and one that it copies from is locked meanwhile: without both,
+        # the longest would wait for ever, and all behind it.
+        most = min(pages.limit_pages * page_tokens - 1, (pages.num_pages - PAGES_BESIDE_A_REQUEST) * page_tokens)
         cut = max(0, len_tokens - most)
         return len_tokens - cut, input_len_tokens - cut
 

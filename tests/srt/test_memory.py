@@ -400,21 +400,26 @@ def test_requests_are_bound_by_the_limit(world: World) -> None:
     assert world.policy.request_lens() == (799, 794)
 
 
-def test_the_longest_request_that_is_accepted_is_admitted(world: World) -> None:
-    """Otherwise it waits for ever, and all requests behind it."""
+@pytest.mark.parametrize("copied", [0, 1, PAGE_TOKENS - 1])
+def test_the_longest_request_that_is_accepted_is_admitted(world: World, copied: int) -> None:
+    """Otherwise it waits for ever, and all requests behind it: also where it copies from a page, which it locks."""
     num_tokens = NUM_PAGES * PAGE_TOKENS
     world.policy.full_request_lens = (num_tokens - 1, num_tokens - 6)  # SGLang's own
     longest, _ = world.policy.request_lens()
-    total = longest - 1 + PAGE_TOKENS  # as SGLang counts: its answer, and a page for what rounding costs
+    hit = (longest // PAGE_TOKENS - 1) * PAGE_TOKENS + copied if copied else 0
+    if hit:
+        world.run(1, -(-hit // PAGE_TOKENS))
+    new = longest - 1 - hit
+    total = new + 1 + PAGE_TOKENS  # as SGLang counts: its answer, and a page for what rounding costs
     admitted, _ = world.budget().check_prefill(
-        extend_input_len=longest - 2,
+        extend_input_len=new,
         total_tokens=total,
         max_new_tokens=1,
-        input_tokens=longest - 2,
+        input_tokens=new,
         swa_host_hit_length=0,
         chunk_limit=None,
     )
-    assert admitted and longest == num_tokens - PAGE_TOKENS
+    assert admitted and longest == num_tokens - 2 * PAGE_TOKENS
 
 
 @pytest.mark.parametrize("kind", ["create", "map"])
