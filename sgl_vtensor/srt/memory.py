@@ -105,8 +105,8 @@ class MemoryPolicy:
         """
         len_tokens, input_len_tokens = self.full_request_lens
         pages, page_tokens = self.pool.pages, self.pool.layout.page_tokens
-        # Admission wants a page more than a request fills, and one that it copies from is locked meanwhile: without both,
-        # the longest would wait for ever, and all behind it.
+        # Admission wants a page more than a request fills, and one that it copies from is locked meanwhile: without
+        # room for both, the longest would wait for ever, and all behind it.
         most = min(pages.limit_pages * page_tokens - 1, (pages.num_pages - PAGES_BESIDE_A_REQUEST) * page_tokens)
         cut = max(0, len_tokens - most)
         return len_tokens - cut, input_len_tokens - cut
