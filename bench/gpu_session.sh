@@ -63,7 +63,7 @@ for name in $steps; do
       ;;
     soak)
       step soak "$(left)" "$python" bench/soak.py "${model[@]}" ${SOAK---debug} --budget-seconds "$(($(left) - 20))" \
-        --out "$work/soak" -- "${memory_flags[@]}" --max-total-tokens 100000
+        --out "$work/soak" -- "${memory_flags[@]}" ${memory_flags:+--max-total-tokens 100000}
       ;;
     *)
       say "no step $name; there are servers, memcheck, memory and soak"

@@ -62,7 +62,7 @@ FLUSH_EVERY = 3
 QUIET_SECONDS = 30.0
 DRAIN_SECONDS = 60.0
 SETTLE_SECONDS = 45.0
-END_SECONDS = 30.0
+END_SECONDS = 75.0
 """Kept of the budget for checks, writing, and stopping the server."""
 LEAST_LOAD_SECONDS = 2.0
 REQUEST_SECONDS = 300.0
