@@ -126,7 +126,7 @@ def test_the_least_requests_are_served(server: SGLangServer, tokens: int) -> Non
 
 
 def test_the_longest_requests_that_are_accepted_are_served(server: SGLangServer) -> None:
-    """Two pages less than the pool holds: longer ones would wait for ever. Each hits inside a page of the one before."""
+    """Two pages less than the pool holds: longer ones would wait for ever. Each hits in a page of the one before."""
     served = [server.post("/generate", generate_body([7] * tokens, 1), timeout=30).ok for tokens in range(2004, 2018)]
     assert served == sorted(served, reverse=True) and True in served and False in served
     pages_add_up(server)
