@@ -268,6 +268,10 @@ class VTensorPool:
             self.pages.release(page)
         return len(chosen)
 
+    def unmap_parked(self) -> int:
+        """Unmap every parked row that no launch can read; returns how many mappings are gone."""
+        return self.rows.unmap_parked(self.rows.num_mappings)
+
     def set_limit(self, num_pages: int) -> None:
         """Let so many pages be backed. What is backed beyond it goes by ``shrink``, as it becomes free.
 

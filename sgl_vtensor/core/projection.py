@@ -147,6 +147,8 @@ class Projection:
             pool.prepare(self._scaled(args[0]))
         elif event.op == Op.SHRINK:
             pool.shrink(self._scaled(args[0]), at_most=None if args[1] < 0 else self._scaled(args[1]))
+        elif event.op == Op.UNMAP:
+            pool.unmap_parked()
         elif event.op == Op.FRESH:
             self._launches.zero(list(pool.take_fresh()))
         elif event.op == Op.LAUNCH:

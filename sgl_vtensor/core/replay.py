@@ -292,6 +292,7 @@ class Replay:
             Op.DRAIN: self._drain,
             Op.RESET: self._reset,
             Op.SHUTDOWN: self._shutdown,
+            Op.UNMAP: lambda event: self.pool.unmap_parked(),
         }
 
     def apply(self, event: Event) -> None:

@@ -65,6 +65,7 @@ class Op(IntEnum):
     DRAIN = 13  # launches in flight
     RESET = 14
     SHUTDOWN = 15
+    UNMAP = 16  # outcome: mappings of parked rows that are gone
 
 
 class Raised(IntEnum):
@@ -410,6 +411,13 @@ class RecordedPool(VTensorPool):
         with _Scope(self, Op.SHRINK, [keep_pages, -1 if at_most is None else at_most]) as scope:
             released = scope.outcome = super().shrink(keep_pages, at_most=at_most)
         return released
+
+    def unmap_parked(self) -> int:
+        if not self.rows.num_parked:
+            return 0
+        with _Scope(self, Op.UNMAP, []) as scope:
+            gone = scope.outcome = super().unmap_parked()
+        return gone
 
     def take_fresh(self) -> Sequence[int]:
         if not self.pages.fresh:

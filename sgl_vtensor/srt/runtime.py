@@ -179,7 +179,7 @@ class Runtime:
             self.pool.launch(None)
         self.policy.launched()
         if self.config.unmap_rows:
-            self.pool.rows.unmap_parked(self.pool.rows.num_mappings)
+            self.pool.unmap_parked()
         if self.can_read_homes and not (self.extend_reads_homes and self.decode_reads_homes):
             self._map_ahead(batch)
 
@@ -194,7 +194,7 @@ class Runtime:
         """No batch is in flight. ``now``: seconds of ``time.monotonic``."""
         self.pool.drain(in_flight=0)
         if self.config.unmap_rows:
-            self.pool.rows.unmap_parked(self.pool.rows.num_mappings)
+            self.pool.unmap_parked()
         self.policy.idle(tree_cache, now)
 
     def rows_of_launch(self) -> npt.NDArray[np.int32] | None:

@@ -136,7 +136,7 @@ def test_whole_runs_replay_clean(traces: list[Path]) -> None:
         assert result.figures.launches > 20 and result.bytes_left_out == 0
         for event in TraceReader(path).events():
             seen[event.op] = seen.get(event.op, 0) + 1
-    assert set(seen) == set(Op) - {Op.DRIVER, Op.PREPARE}
+    assert set(seen) == set(Op) - {Op.DRIVER, Op.PREPARE, Op.UNMAP}
 
 
 def test_every_call_that_changes_a_pool_is_recorded() -> None:
@@ -369,6 +369,21 @@ def test_ranks_that_wait_for_a_neighbour(path: Path) -> None:
     result = replay(TraceReader(path), check_every=1)
     assert result.broken is None, result.broken
     assert result.figures.driver_calls["refused"] == 3
+
+
+def test_rows_that_are_unmapped_when_their_request_ends(path: Path) -> None:
+    """As with ``--vtensor-unmap-rows``: no mapping is found again, neither here nor with other pages."""
+    with Recorded(path) as pool:
+        for _ in range(4):
+            start_request(pool, 1, [], 9)
+            pool.launch(ManualFence())
+            end_request(pool, 1)
+            assert pool.unmap_parked() == 0, "a launch may read it"
+            pool.drain(in_flight=0)
+            assert pool.unmap_parked() == 3 and pool.unmap_parked() == 0
+    for result in (replay(TraceReader(path), check_every=1), project(TraceReader(path), page_tokens=2)):
+        assert result.broken is None, result.broken
+        assert result.figures.positions_hit == 0 and result.figures.positions_mapped in (12, 20)
 
 
 # Bugs.
