@@ -89,7 +89,7 @@ def test_the_oddest_model_answers_as_transformers_does(start: Start, tmp_path: P
             check_greedy(server, model, prompt)
         figures = server.vtensor()
         assert (figures["page_tokens"], figures["token_stride_bytes"]) == (7, 4096)
-        assert figures["tokens_hit"] > 300 and figures["tokens_copied"] > 20
+        assert figures["tokens_hit"] > 150 and figures["tokens_copied"] > 10
         server.check_healthy()
 
 
