@@ -532,3 +532,6 @@ def test_the_log_says_when_memory_is_within_a_lower_limit(world: World, caplog: 
     for _ in range(3):
         world.policy.step(world.tree, 1.0)
     assert caplog.text.count("within the limit again") == 1
+    world.policy.set_limit(pages(world, 20))
+    world.policy.step(world.tree, 1.0)
+    assert world.num_backed == 20 and caplog.text.count("within the limit again") == 1, "it has just said so"
