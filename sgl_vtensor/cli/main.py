@@ -125,13 +125,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _replay(options: argparse.Namespace) -> int:
-    from sgl_vtensor.cli import replay
-
-    for name in ("page_tokens", "num_rows", "check_every"):
+def _check_counts(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is too few; give at least 1")
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from sgl_vtensor.cli import replay
+
+    _check_counts(options, "page_tokens", "num_rows", "check_every")
     return replay.run(
         options.file,
         page_tokens=options.page_tokens,
@@ -154,10 +158,7 @@ def _plan(options: argparse.Namespace) -> int:
     memory = parse_size("--memory", options.memory)
     if memory.is_share:
         raise ConfigError("--memory wants an amount like 40GiB: plan looks at no GPU of which it could be a share")
-    for name in ("context_length", "max_running_requests"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is too few; give at least 1")
+    _check_counts(options, "context_length", "max_running_requests")
     return plan.run(
         options.model,
         tp=options.tp,
