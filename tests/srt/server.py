@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,11 +107,16 @@ class SGLangServer:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             assert self.server.running(), f"the server ended at start:\n{self.tail()}"
-            if READY in self.log.read_text(errors="replace"):
+            if READY in self.log.read_text(errors="replace") and self._listens():
                 self._read_to = self.log.stat().st_size
                 return
             time.sleep(0.2)
         raise AssertionError(f"the server was not ready within {START_SECONDS:.0f} s:\n{self.tail()}")
+
+    def _listens(self) -> bool:
+        """SGLang says that it is ready from a thread of its own, which may be ahead of the one that opens the port."""
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", self.port)) == 0
 
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.server.last_lines(lines))
