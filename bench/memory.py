@@ -8,7 +8,8 @@ neighbour   under load another process takes 30 GB of the GPU, twice: what fails
 pair        two servers on one GPU have their bursts in turn: with limits of a half each, and sharing all of it
 replicas    --dp-size 2, a GPU each: one load, the limit lowered under it; what top and limit say of each replica
 
-Memory is NVML's for all GPUs, whole; without a GPU it is what the host driver has taken, and neighbour is left out.
+Memory is NVML's, whole, of the GPUs that CUDA_VISIBLE_DEVICES names (all); without a GPU it is what the host driver has
+taken, and neighbour is left out.
 Rows go to bench/results/memory.csv where there is a GPU, and to --out in any case.
 """
 
@@ -122,17 +123,20 @@ class Watch(threading.Thread):
 
 
 def device_bytes() -> Callable[[], int] | None:
-    """NVML's figure of what is used on all GPUs, by whomever."""
+    """NVML's figure of what is used, by whomever, on the GPUs that we may see: it itself knows no such bounds."""
     if not torch.cuda.is_available():
         return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         import pynvml
     except ImportError:
         ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        ask += [f"--id={visible}"] if visible else []
         said = lambda: subprocess.run(ask, capture_output=True, text=True, check=True).stdout  # noqa: E731
         return lambda: sum(int(line) << 20 for line in said().splitlines())
     pynvml.nvmlInit()
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+    numbers = map(int, visible.split(",")) if visible else range(pynvml.nvmlDeviceGetCount())
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in numbers]
     return lambda: sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
 
 

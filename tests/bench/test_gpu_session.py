@@ -124,8 +124,37 @@ def test_two_gpus_where_only_nccl_reduces(tmp_path: Path) -> None:
     assert done.returncode == 1, "the first attempt failed, and that is told"
 
 
+def streams(folder: Path, *commands: str) -> subprocess.CompletedProcess[str]:
+    """On a machine of two GPUs, as far as ``nvidia-smi`` says."""
+    (folder / "nvidia-smi").write_text(TWO_GPUS)
+    (folder / "nvidia-smi").chmod(0o755)
+    more = {"OUT": str(folder / "out"), "PATH": f"{folder}:{os.environ['PATH']}", "PACK_SECONDS": "0.1"}
+    return subprocess.run(
+        [ROOT / "bench" / "gpu_streams.sh", *commands],
+        env=os.environ | more,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_streams_have_a_gpu_each_and_one_that_fails_does_not_end_the_other(tmp_path: Path) -> None:
+    done = streams(tmp_path, "echo on GPU $CUDA_VISIBLE_DEVICES; exit 3", "sleep 0.5; echo rows > $OUT/serving.csv")
+    assert done.returncode == 1 and "command 0: exit status 3" in done.stdout and "on GPU 0" in done.stdout
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"0.tar.gz", "1.tar.gz"}
+    with tarfile.open(tmp_path / "out/1.tar.gz") as packed:
+        rows = packed.extractfile("1/serving.csv")
+        assert rows is not None and rows.read() == b"rows\n"
+
+
+def test_streams_say_what_they_cannot_do(tmp_path: Path) -> None:
+    done = streams(tmp_path, "true", "true", "true")
+    assert done.returncode == 2 and "3 commands, but 2 GPUs" in done.stderr
+    assert streams(tmp_path).returncode == 2
+
+
 def test_the_scripts_are_bash() -> None:
-    for name in ("session.sh", "gpu_session.sh", "gpu_parallel.sh", "pack_gpu.sh"):
+    for name in ("session.sh", "gpu_session.sh", "gpu_parallel.sh", "gpu_streams.sh", "pack_gpu.sh"):
         subprocess.run(["bash", "-n", ROOT / "bench" / name], check=True)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import memory
 import pytest
+import torch
 from aiohttp import web
 from servers import Remote
 
@@ -69,3 +72,21 @@ def test_how_soon_memory_follows_the_limit(
     assert {look["limit_bytes"] for look in looks} == {str(FULL), str(FULL // 6)}
     assert {look["in_use_bytes"] for look in looks} == {"30"}
     assert (tmp_path / "limit.svg").read_text().count("<polyline") == 3
+
+
+@pytest.mark.parametrize(("visible", "mib"), [("1", 200), ("0,1", 300), (None, 300)])
+def test_a_neighbours_gpu_is_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, mib: int
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(
+        '#!/bin/bash\ncase "$*" in *--id=1*) echo 200 ;; *) echo 100; echo 200 ;; esac\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    used = memory.device_bytes()
+    assert used is not None and used() == mib << 20

@@ -1,0 +1,53 @@
+#!/bin/bash
+# Sessions for one GPU, side by side, each on a GPU and on CPU cores of its own: a machine with two GPUs answers twice as
+# much in the same ten minutes. What compares servers belongs into one command, on one GPU.
+#
+#   OUT=DIR bench/gpu_streams.sh 'QUESTIONS=curve bench/gpu_session.sh memory' 'bench/gpu_session.sh soak'
+#
+# The first command gets GPU 0 and OUT=DIR/0, and so on; where there is no GPU, its share of the cores only.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+out=$(realpath -m "${OUT:?where the results are to go}")
+[ $# -gt 0 ] || { sed -n '2,8s/^# \?//p' "$0"; exit 2; }
+
+gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU')
+if [ "$gpus" -gt 0 ] && [ "$gpus" -lt $# ]; then
+  echo "$# commands, but $gpus GPUs: give at most one command a GPU" >&2
+  exit 2
+fi
+# Here and not in each of them: they would unpack the same files at once.
+if [ "$gpus" -gt 0 ] && [ -f .gpu/env.sh ]; then source .gpu/env.sh; fi
+
+cores=$(($(nproc) / $#))
+work=$(mktemp -d /tmp/gpu-streams.XXXXXX)
+pids=()
+for number in $(seq 0 $(($# - 1))); do
+  mkdir "$work/$number"
+  share=()
+  [ "$cores" -eq 0 ] || share=(taskset --cpu-list "$((number * cores))-$(((number + 1) * cores - 1))")
+  OUT=$work/$number CUDA_VISIBLE_DEVICES=$number "${share[@]}" bash -c "$1" > "$work/$number/output.log" 2>&1 &
+  pids+=($!)
+  shift
+done
+trap 'kill "${pids[@]}" 2> /dev/null' TERM INT
+
+pack() { # few files, since few come back from a machine that is lent; a kill leaves no half of one
+  mkdir -p "$out"
+  for number in "${!pids[@]}"; do
+    tar czf "$out/.new" -C "$work" --exclude=caches.tar.gz "$number" 2> /dev/null
+    [ $? -gt 1 ] || mv "$out/.new" "$out/$number.tar.gz"
+    [ ! -s "$work/$number/caches.tar.gz" ] || cp "$work/$number/caches.tar.gz" "$out/caches.tar.gz"
+  done
+}
+status=0
+while jobs -rp | grep -q .; do
+  sleep "${PACK_SECONDS:-10}" & wait $!
+  pack
+done
+for number in "${!pids[@]}"; do
+  wait "${pids[$number]}" || { echo "command $number: exit status $?"; status=1; }
+  tail -n 30 "$work/$number/output.log" | cut -c1-300
+done
+pack
+rm -rf "$work"
+exit $status
