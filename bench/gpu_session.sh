@@ -1,14 +1,21 @@
 #!/bin/bash
-# All that is to be seen on a GPU, in one go of less than ten minutes: servers on vTensor memory against stock ones (first-
-# token logprobs, load, default prefill CUDA graphs), and memcheck of the Hopper kernel.
+# What is to be seen on one GPU, in one go of less than ten minutes.
 #
-#   OUT=DIR bench/gpu_session.sh [servers] [memcheck] [memory] [soak]      default: servers memcheck
+#   OUT=DIR bench/gpu_session.sh [STEP ...]      default: servers memcheck
 #
-# bench/session.sh says how steps are run. In $OUT: summary.txt, serving.csv, memory.csv and soak.csv (rows to append to those in
-# bench/results), runs.jsonl, memcheck.log, logs.tar.gz and caches.tar.gz (put into .gpu/, it saves compiling at the next
-# start). Without a GPU it is a dry run on a tiny model.
+# servers    on vTensor memory against stock ones: first-token logprobs, load, default prefill CUDA graphs (compare.py)
+# memcheck   the kernels' tests under compute-sanitizer
+# memory     what a server takes and gives back (memory.py)
+# soak       overload, aborts, limits, flushes (soak.py)
+# tests      that need a GPU: kernels, drivers, core
+# grid       the kernels over all shapes, against all baselines
+#
+# bench/session.sh says how steps are run. In $OUT: summary.txt, rows to append to bench/results by the same names,
+# runs.jsonl, memcheck.log, logs.tar.gz and caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a
+# GPU it is a dry run on a tiny model.
 #   WORKLOADS  (gsp)      ROUNDS  (1)      QUESTIONS  of memory.py (all)      SOAK  flags of soak.py (--debug)
 #   SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
+#   TOOL  of compute-sanitizer (memcheck), and on which tests: CHECKED  (hopper)
 set -u
 cd "$(dirname "$0")/.." || exit 1
 steps=${*:-servers memcheck}
@@ -51,10 +58,10 @@ for name in $steps; do
       ;;
     memcheck)
       if command -v compute-sanitizer > /dev/null; then
-        step memcheck "$(left)" compute-sanitizer --tool memcheck --error-exitcode 9 \
-          "$python" -m pytest tests/kernels -k hopper -v -p no:cacheprovider
+        step memcheck "$(left)" compute-sanitizer --tool "${TOOL:-memcheck}" --error-exitcode 9 \
+          "$python" -m pytest tests/kernels -k "${CHECKED:-hopper}" -v -p no:cacheprovider
       else
-        step memcheck $memcheck_s "$python" -m pytest tests/kernels -k hopper -q -p no:cacheprovider
+        step memcheck $memcheck_s "$python" -m pytest tests/kernels -k "${CHECKED:-hopper}" -q -p no:cacheprovider
       fi
       ;;
     memory)
@@ -65,8 +72,19 @@ for name in $steps; do
       step soak "$(left)" "$python" bench/soak.py "${model[@]}" ${SOAK---debug} --budget-seconds "$(($(left) - 20))" \
         --out "$work/soak" -- "${memory_flags[@]}" ${memory_flags:+--max-total-tokens 100000}
       ;;
+    tests)
+      step tests "$(left)" "$python" -m pytest tests/vmm tests/core tests/kernels tests/gpu/test_kernels_unmapped.py -m gpu -q \
+        -p no:cacheprovider
+      ;;
+    grid)
+      for bench in prefill decode; do
+        share_s=$(($(left) / ($([ $bench = prefill ] && echo 2 || echo 1))))
+        step "grid-$bench" "$share_s" "$python" "bench/bench_$bench.py" --grid --budget-ms 8 --seconds $((share_s - 40)) \
+          --out "$work/grid"
+      done
+      ;;
     *)
-      say "no step $name; there are servers, memcheck, memory and soak"
+      say "no step $name; there are servers, memcheck, memory, soak, tests and grid"
       status=1
       ;;
   esac

@@ -17,7 +17,7 @@ case "$*" in
     while [ "$1" != --out ]; do shift; done
     mkdir -p "$2" && echo row > "$2/serving.csv" && echo '{}' > "$2/runs.jsonl" && echo log > "$2/server-a+b=c.log"
     echo broken >&2; exit 3 ;;
-  *memory.py*|*soak.py*) echo "$*" ;;
+  *memory.py*|*soak.py*|*--grid*) echo "$*" ;;
   *pytest*) echo 28 passed ;;
 esac
 """
@@ -54,6 +54,10 @@ def test_steps_by_name_and_without_time(tmp_path: Path) -> None:
     assert status == 0 and "bench/memory.py --ask limit pair --budget-seconds" in text
     status, text = session(tmp_path, "soak")
     assert status == 0 and "bench/soak.py --debug --budget-seconds" in text
+    status, text = session(tmp_path, "tests", "grid")
+    assert status == 0 and "28 passed" in text
+    for bench in ("prefill", "decode"):
+        assert f"bench/bench_{bench}.py --grid --budget-ms 8 --seconds" in text
     status, text = session(tmp_path, "memcheck", "nothing", SESSION_SECONDS="10")
     assert status == 1 and "memcheck: left out" in text and "no step nothing" in text
 
