@@ -3,6 +3,7 @@
     python bench/multi_turn_chat.py --url http://127.0.0.1:30000 --users 16 --sessions 64 --think 2
     python bench/multi_turn_chat.py --url http://127.0.0.1:8000 --endpoint openai --model NAME --rate 4
     python bench/multi_turn_chat.py --dataset ShareGPT_V3_unfiltered_cleaned_split.json
+    python bench/multi_turn_chat.py --dataset bfcl_eval/data/BFCL_v4_multi_turn_base.json   # pip download bfcl-eval
 
 Works with any SGLang or OpenAI-compatible server. By default a closed loop: each user asks, reads, thinks, asks on.
 With --rate, new chats begin at random times (Poisson), however long the server takes. The same seed gives the same
@@ -40,10 +41,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="lengths, and numbers by its square root (%(default)s)"
     )
-    parser.add_argument("--dataset", type=Path, help="ShareGPT's JSON, in place of --workload")
+    parser.add_argument("--dataset", type=Path, help="ShareGPT's or bfcl-eval's, in place of --workload")
     parser.add_argument("--sessions", type=int, default=64, help="conversations to take from the dataset (%(default)s)")
-    parser.add_argument("--groups", type=int, default=4, help="system prompts with the dataset (%(default)s)")
-    parser.add_argument("--system", type=int, default=512, help="words in each with the dataset (%(default)s)")
+    parser.add_argument("--groups", type=int, default=4, help="system prompts, with ShareGPT's (%(default)s)")
+    parser.add_argument("--system", type=int, default=512, help="words in each, with ShareGPT's (%(default)s)")
     parser.add_argument("--users", type=int, default=0, help="at a time; default: as in the table, 32 with the dataset")
     parser.add_argument("--think", type=float, default=0.0, help="mean seconds from an answer to the next question")
     parser.add_argument("--rate", type=float, default=0.0, help="new chats a second (Poisson); default: closed loop")
@@ -61,7 +62,7 @@ def arguments() -> argparse.Namespace:
 def workload_of(options: argparse.Namespace) -> Workload:
     """From the command line."""
     if options.dataset:
-        return workloads.from_sharegpt(
+        return workloads.from_file(
             options.dataset, options.seed, sessions=options.sessions, users=options.users or 32, groups=options.groups,
             system=options.system, think_s=options.think, rate=options.rate,
         )  # fmt: skip
@@ -73,7 +74,11 @@ def workload_of(options: argparse.Namespace) -> Workload:
 
 def main() -> int:
     options = arguments()
-    workload = workload_of(options)
+    try:
+        workload = workload_of(options)
+    except (OSError, ValueError) as error:
+        print(f"--dataset {options.dataset} cannot be read: {error}", file=sys.stderr)
+        return 2
     print(f"{workload.case} tokens, seed {options.seed}, {options.endpoint} at {options.url}", flush=True)
     try:
         if options.flush:

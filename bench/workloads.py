@@ -208,35 +208,37 @@ def build(
     return Workload(name, tuple(sessions), at_once, kind.in_waves and not rate)
 
 
-def from_sharegpt(
+@dataclass(frozen=True)
+class Conversation:
+    """Of a file: questions and their answers, behind a system prompt if the file has one."""
+
+    pairs: tuple[tuple[str, str], ...]
+    system: str | None = None
+
+
+def from_file(
     path: Path, seed: int, *, sessions: int, users: int, groups: int = 1, system: int = 0, think_s: float = 0.0,
     rate: float = 0.0, tokens_a_character: float = 0.25,
 ) -> Workload:  # fmt: skip
-    """Conversations from ShareGPT's JSON: ``[{"conversations": [{"from": "human" or "gpt", "value": text}, ...]}]``.
+    """Conversations from ShareGPT's JSON, or agents' sessions from a ``BFCL_*_multi_turn_*.json`` of bfcl-eval.
 
     Answers are as long as the ones in the file, counted by ``tokens_a_character``, for no tokenizer is asked.
 
+    Args:
+        groups, system: so many system prompts of so many words, where the file has none.
+
     Raises:
-        ValueError: no conversation in the file begins with a question and an answer.
+        ValueError: the file has neither form, or holds no conversation.
+        FileNotFoundError: it, or for bfcl-eval one of the files that belong to it, is not there.
     """
     draw = random.Random(seed)
-    found = []
-    for entry in json.loads(path.read_text(encoding="utf-8")):
-        said = [(one.get("from"), one.get("value", "")) for one in entry.get("conversations", [])]
-        while said and said[0][0] not in ("human", "user"):
-            said.pop(0)
-        pairs = [
-            (question, answer)
-            for (asker, question), (answerer, answer) in zip(said[::2], said[1::2], strict=False)
-            if asker in ("human", "user") and answerer in ("gpt", "chatgpt", "assistant") and question and answer
-        ]
-        if pairs:
-            found.append(pairs)
+    found = read_bfcl(path) if _is_bfcl(path) else read_sharegpt(path)
     if not found:
-        raise ValueError(f"{path} holds no conversation in ShareGPT's form; see the docstring of from_sharegpt")
-    systems = [_content(draw, system, True) for _ in range(groups)]
+        raise ValueError(f"{path} holds no conversation; see the docstrings of read_sharegpt and read_bfcl")
+    drawn = [_content(draw, system, True) for _ in range(groups)]
+    number_of: dict[Content, int] = {}
     chosen, start_s = [], 0.0
-    for index, pairs in enumerate(draw.sample(found, min(sessions, len(found)))):
+    for index, conversation in enumerate(draw.sample(found, min(sessions, len(found)))):
         turns = tuple(
             Turn(
                 content=question,
@@ -244,11 +246,77 @@ def from_sharegpt(
                 think_s=draw.expovariate(1 / think_s) if think_s and number else 0.0,
                 scripted=answer,
             )
-            for number, (question, answer) in enumerate(pairs)
+            for number, (question, answer) in enumerate(conversation.pairs)
         )
         start_s += draw.expovariate(rate) if rate else 0.0
-        chosen.append(Session(index, index % groups, systems[index % groups], turns, start_s))
-    return Workload(f"sharegpt {path.name}", tuple(chosen), 0 if rate else min(users, len(chosen)))
+        beginning = drawn[index % groups] if conversation.system is None else conversation.system
+        group = number_of.setdefault(beginning, len(number_of))
+        chosen.append(Session(index, group, beginning, turns, start_s))
+    return Workload(path.name, tuple(chosen), 0 if rate else min(users, len(chosen)))
+
+
+def read_sharegpt(path: Path) -> list[Conversation]:
+    """From ``[{"conversations": [{"from": "human" or "gpt", "value": text}, ...]}]``."""
+    found = []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        said = [(one.get("from"), one.get("value", "")) for one in entry.get("conversations", [])]
+        while said and said[0][0] not in ("human", "user"):
+            said.pop(0)
+        pairs = tuple(
+            (question, answer)
+            for (asker, question), (answerer, answer) in zip(said[::2], said[1::2], strict=False)
+            if asker in ("human", "user") and answerer in ("gpt", "chatgpt", "assistant") and question and answer
+        )
+        if pairs:
+            found.append(Conversation(pairs))
+    return found
+
+
+BFCL_DOCS = {
+    "GorillaFileSystem": "gorilla_file_system",
+    "MathAPI": "math_api",
+    "MessageAPI": "message_api",
+    "TicketAPI": "ticket_api",
+    "TradingBot": "trading_bot",
+    "TravelAPI": "travel_booking",
+    "TwitterAPI": "posting_api",
+    "VehicleControlAPI": "vehicle_control",
+}
+"""Where bfcl-eval describes a class's functions (executable_backend_config.py, MULTI_TURN_FUNC_DOC_FILE_MAPPING)."""
+
+
+def _is_bfcl(path: Path) -> bool:
+    with path.open(encoding="utf-8") as lines:
+        return lines.read(1) == "{"  # an object a line; ShareGPT's file is one list
+
+
+def read_bfcl(path: Path) -> list[Conversation]:
+    """Sessions of agents, an object a line: ``{"id", "question": [[{"role", "content"}], ...], "involved_classes"}``.
+
+    The functions of its classes stand before each session, as ``multi_turn_func_doc/`` beside the file describes them;
+    what is answered is the calls in ``possible_answer/``. Their results are not played.
+    """
+    answers = {
+        one["id"]: one["ground_truth"] for one in map(json.loads, _lines(path.parent / "possible_answer" / path.name))
+    }
+    found = []
+    for session in map(json.loads, _lines(path)):
+        try:
+            names = [BFCL_DOCS[name] for name in session["involved_classes"]]
+            turns = zip(session["question"], answers[session["id"]], strict=True)
+        except KeyError as error:
+            raise ValueError(f"{path} is no multi-turn file of bfcl-eval: {error} is missing or unknown") from error
+        pairs = tuple(
+            ("\n".join(one["content"] for one in asked), f"[{', '.join(calls)}]") for asked, calls in turns if asked
+        )
+        docs = (line for name in names for line in _lines(path.parent / "multi_turn_func_doc" / f"{name}.json"))
+        if pairs:
+            found.append(Conversation(pairs, "Answer with calls of these functions.\n" + "\n".join(docs)))
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def describe() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import workloads
 from load import Run, by_turn, play, summarize
-from workloads import SHAREGPT, TABLE, Workload, build, from_sharegpt
+from workloads import SHAREGPT, TABLE, Workload, build, from_file
 
 from .fake_sglang import FakeServer, running
 
@@ -167,7 +167,7 @@ def test_sharegpt_file(tmp_path: Path) -> None:
     talk = [("system", "x"), ("human", "Hello"), ("gpt", "Good day to you."), ("human", "Why?"), ("gpt", "So.")]
     entries = [{"conversations": [{"from": who, "value": what} for who, what in talk]}] * 3
     path.write_text(json.dumps([*entries, {"conversations": [{"from": "gpt", "value": "alone"}]}, {}]))
-    workload = from_sharegpt(path, 1, sessions=2, users=8, groups=2, system=5)
+    workload = from_file(path, 1, sessions=2, users=8, groups=2, system=5)
     assert len(workload.sessions) == workload.users == 2
     first = workload.sessions[0]
     assert [turn.content for turn in first.turns] == ["Hello", "Why?"]
@@ -175,8 +175,37 @@ def test_sharegpt_file(tmp_path: Path) -> None:
     server = FakeServer()
     assert summarize(played(workload, server, endpoint="openai"))["errors"] == 0
     path.write_text("[]")
-    with pytest.raises(ValueError, match="ShareGPT's form"):
-        from_sharegpt(path, 1, sessions=2, users=8)
+    with pytest.raises(ValueError, match="holds no conversation"):
+        from_file(path, 1, sessions=2, users=8)
+
+
+def test_bfcl_file(tmp_path: Path) -> None:
+    """Agents with the same tools share their description; a turn without a question is none."""
+    sessions, answers = [], []
+    for number, tools in enumerate((["MathAPI"], ["MathAPI"], ["MathAPI", "TicketAPI"])):
+        asked = [[{"role": "user", "content": "Add."}], [], [{"role": "user", "content": "Once more."}]]
+        sessions.append({"id": f"s{number}", "question": asked, "involved_classes": tools})
+        answers.append(
+            {"id": f"s{number}", "ground_truth": [["add(a=1, b=2)"], [], ["add(a=3, b=4)", "add(a=7, b=1)"]]}
+        )
+    path = tmp_path / "BFCL_v4_multi_turn_base.json"
+    for folder in ("possible_answer", "multi_turn_func_doc"):
+        (tmp_path / folder).mkdir()
+    path.write_text("\n".join(map(json.dumps, sessions)))
+    (tmp_path / "possible_answer" / path.name).write_text("\n".join(map(json.dumps, answers)))
+    (tmp_path / "multi_turn_func_doc/math_api.json").write_text('{"name": "add"}\n')
+    (tmp_path / "multi_turn_func_doc/ticket_api.json").write_text('{"name": "open"}\n')
+    workload = from_file(path, 1, sessions=8, users=2)
+    assert sorted(session.group for session in workload.sessions) in ([0, 0, 1], [0, 1, 1])
+    assert len({session.system for session in workload.sessions}) == 2
+    assert all('{"name": "add"}' in str(session.system) for session in workload.sessions)
+    for session in workload.sessions:
+        assert [turn.content for turn in session.turns] == ["Add.", "Once more."]
+        assert [turn.scripted for turn in session.turns] == ["[add(a=1, b=2)]", "[add(a=3, b=4), add(a=7, b=1)]"]
+    assert summarize(played(workload, FakeServer(), endpoint="openai"))["errors"] == 0
+    path.write_text(json.dumps(sessions[0] | {"involved_classes": ["Unheard"]}))
+    with pytest.raises(ValueError, match="Unheard"):
+        from_file(path, 1, sessions=8, users=2)
 
 
 def test_the_table_is_described() -> None:
