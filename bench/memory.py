@@ -98,7 +98,7 @@ class Watch(threading.Thread):
 
     def look(self) -> Look:
         figures = [one for server in self.servers for one in server.replicas()]
-        backed = sum(one["physical_bytes"] for one in figures)
+        backed = sum(one["backed_bytes"] for one in figures)
         return Look(
             self.now_s,
             self._device() if self._device else backed,

@@ -527,7 +527,7 @@ def leaks(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     for name in ("pages_in_use", "rows_running", "pages_fenced", "requests_waiting"):
         if after.get(name):
             found.append(f"{name} is {after[name]} when idle and flushed")
-    for name in ("physical_bytes", "mappings", "pages_free_backed"):
+    for name in ("backed_bytes", "mappings", "pages_free_backed"):
         if name in after and after[name] > before[name]:
             found.append(f"{name} was {before[name]} before and is {after[name]}")
     if calls := after.get("driver_calls"):

@@ -22,7 +22,7 @@ def made() -> set[str]:
 
     registry = CollectorRegistry()
     metrics = Metrics({"model_name": "m"}, registry=registry)
-    counts = """page_bytes limit_bytes num_pages physical_bytes pages_in_use pages_cached pages_free_backed pages_shared
+    counts = """page_bytes limit_bytes num_pages backed_bytes pages_in_use pages_cached pages_free_backed pages_shared
         pages_running pages_seen mappings rows_running rows_parked pages_created pages_released tokens_copied tokens_hit
         tokens_computed pages_evicted_by_limit pages_evicted_by_age"""
     figures: dict[str, Any] = dict.fromkeys(counts.split(), 1)

@@ -206,7 +206,7 @@ def table(turns: Sequence[Turn]) -> Table:
     cache_row("pages backed", "pages_backed", lambda turn: f"{turn.cache['pages_backed']:,}")
     cache_row("  of them shared", "pages_shared", lambda turn: f"{turn.cache['pages_shared']:,}")
     cache_row("driver calls", "driver_calls", lambda turn: f"{turn.driver_calls:,}")
-    cache_row("physical memory", "physical_bytes", lambda turn: size(turn.cache["physical_bytes"]))
+    cache_row("physical memory", "backed_bytes", lambda turn: size(turn.cache["backed_bytes"]))
     cache_row("  stock SGLang takes", "stock_bytes", lambda turn: size(turn.cache["stock_bytes"]))
     return result
 

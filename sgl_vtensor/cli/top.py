@@ -63,7 +63,6 @@ def _replica(state: dict[str, Any]) -> dict[str, float]:
     one = state["vtensor"]
     page_bytes = one["page_bytes"]
     return {
-        "backed_bytes": one["physical_bytes"],
         "in_use_bytes": one["pages_in_use"] * page_bytes,
         "cached_bytes": one["pages_cached"] * page_bytes,
         "free_backed_bytes": one["pages_free_backed"] * page_bytes,

@@ -56,12 +56,11 @@ def _check_homes(pool: VTensorPool, driver: DriverBase) -> None:
     """Backed pages, and only those, are at home."""
     pages, current, handles = pool.pages, driver._mappings, pool.pages._handles.tolist()
     backed = np.flatnonzero(pages.backed).tolist()
-    _require(len(backed) == pages.num_backed, len(backed), "pages are backed, by the books", pages.num_backed)
+    num_backed = pages.num_backed + 1  # and the padding page
+    _require(len(backed) == num_backed, len(backed), "pages are backed, by the books", num_backed)
     _require(not pages.backed[pages._free_unbacked].any(), "an unbacked page is backed")
     made = pages.num_created - pages.num_released
-    _require(
-        made == pages.num_backed - 1, made, "more pages created than released, and", pages.num_backed - 1, "backed"
-    )
+    _require(made == pages.num_backed, made, "more pages created than released, and", pages.num_backed, "backed")
     base, page_bytes = pages.home_base, pages.layout.page_bytes
     for page in backed:
         mapping = current.get(base + page * page_bytes)

@@ -85,8 +85,8 @@ class Pages:
 
     @property
     def num_backed(self) -> int:
-        """Pages with physical memory, the padding page included."""
-        return self.num_pages + 1 - len(self._free_unbacked)
+        """Pages with physical memory, as the limit counts them: the padding page is not among them."""
+        return self.num_pages - len(self._free_unbacked)
 
     @property
     def num_in_use(self) -> int:
@@ -110,8 +110,7 @@ class Pages:
         It may be less than what is in use.
         """
         most = self._allowed(beyond_limit)
-        num_backed = self.num_backed - 1
-        if self.agreed_pages is not None or num_backed >= most:
+        if self.agreed_pages is not None or self.num_backed >= most:
             return most
         return min(most, self.possible())
 
@@ -119,7 +118,7 @@ class Pages:
         """How many pages the pool's size and the device's free memory, less the margin, would let be backed now."""
         free_bytes, _ = self.driver.memory_info()
         more = max(0, free_bytes - self.margin_bytes) // self.layout.page_bytes
-        return min(self.num_pages, self.num_backed - 1 + more)
+        return min(self.num_pages, self.num_backed + more)
 
     def _allowed(self, beyond_limit: bool) -> int:
         most = self.num_pages if beyond_limit else min(self.limit_pages, self.num_pages)
@@ -127,7 +126,7 @@ class Pages:
 
     def creatable(self) -> int:
         """How many more pages could be backed now."""
-        return max(0, self.most_in_use() - (self.num_backed - 1))
+        return max(0, self.most_in_use() - self.num_backed)
 
     def secure(self, num_pages: int, *, beyond_limit: bool = False) -> bool:
         """Back free pages until ``num_pages`` of them can be taken without asking the driver for memory.
@@ -146,7 +145,7 @@ class Pages:
         if self.agreed_pages is None:
             # Without a margin the driver itself says when memory ends.
             most = self.most_in_use(beyond_limit=beyond_limit) if self.margin_bytes else self._allowed(beyond_limit)
-            room = max(0, most - (self.num_backed - 1))
+            room = max(0, most - self.num_backed)
         room = min(missing, room, len(self._free_unbacked))
         while room > 0:
             page = self._free_unbacked[-1]

@@ -26,7 +26,7 @@ from sgl_vtensor.vmm.driver import VmmDriver
 
 @dataclass(frozen=True)
 class PoolStats:
-    """One look at the pool. Counts of pages leave out the padding page, bytes do not."""
+    """One look at the pool. The padding page is left out of all of it."""
 
     num_pages: int
     pages_backed: int
@@ -44,7 +44,7 @@ class PoolStats:
     rows_running: int
     rows_parked: int
     mappings: int
-    physical_bytes: int
+    backed_bytes: int
     limit_pages: int
     limit_bytes: int
     driver_calls: dict[str, int]
@@ -285,7 +285,7 @@ class VTensorPool:
     @property
     def pages_beyond_limit(self) -> int:
         """Backed pages that the limit does not allow."""
-        return max(0, self.pages.num_backed - 1 - self.pages.limit_pages)
+        return max(0, self.pages.num_backed - self.pages.limit_pages)
 
     # Launches.
 
@@ -344,7 +344,7 @@ class VTensorPool:
         pages, rows = self.pages, self.rows
         return PoolStats(
             num_pages=pages.num_pages,
-            pages_backed=pages.num_backed - 1,
+            pages_backed=pages.num_backed,
             pages_free_backed=pages.num_free_backed,
             pages_in_use=pages.num_in_use,
             pages_shared=self.pages_shared,
@@ -356,7 +356,7 @@ class VTensorPool:
             rows_running=rows.num_running,
             rows_parked=rows.num_parked,
             mappings=rows.num_mappings,
-            physical_bytes=pages.num_backed * self.layout.page_bytes,
+            backed_bytes=pages.num_backed * self.layout.page_bytes,
             limit_pages=pages.limit_pages,
             limit_bytes=pages.limit_pages * self.layout.page_bytes,
             driver_calls=dict(self.driver.calls),

@@ -42,8 +42,8 @@ class Figures:
         positions_hit: positions of rows that showed the right page already when they were needed.
         positions_mapped: those that did not.
         peak_pages_in_use: of requests and of cached prefixes, at most, at once.
-        peak_pages_backed: pages with physical memory, the padding page included.
-        peak_mappings: of rows and homes together.
+        peak_pages_backed: pages with physical memory, the padding page left out.
+        peak_mappings: of rows and homes together, that of the padding page included.
         page_bytes: of one page on the device that was recorded, or would be.
     """
 
@@ -70,7 +70,7 @@ class Figures:
         """Note the peaks."""
         self.peak_pages_in_use = max(self.peak_pages_in_use, pool.pages.num_in_use)
         self.peak_pages_backed = max(self.peak_pages_backed, pool.pages.num_backed)
-        self.peak_mappings = max(self.peak_mappings, pool.rows.num_mappings + pool.pages.num_backed)
+        self.peak_mappings = max(self.peak_mappings, pool.rows.num_mappings + pool.pages.num_backed + 1)
 
 
 @dataclass(frozen=True)

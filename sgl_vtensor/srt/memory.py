@@ -178,7 +178,7 @@ class MemoryPolicy:
         pages = self.pool.pages
         if self._silent("shortage") or pages.most_in_use(beyond_limit=True) >= pages.limit_pages:
             return
-        backed = format_bytes((pages.num_backed - 1) * self.pool.layout.page_bytes)
+        backed = format_bytes(pages.num_backed * self.pool.layout.page_bytes)
         self._say("shortage", "the device has no memory for more pages, so requests wait; %s are backed", backed)
 
     def _silent(self, event: str) -> bool:

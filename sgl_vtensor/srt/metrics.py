@@ -12,7 +12,7 @@ WAIT_BUCKETS_SECONDS = (50e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
 GAUGES: dict[str, str] = {
     "limit_bytes": "KV memory that may be backed now.",
     "capacity_bytes": "KV memory that the pool can hold at most.",
-    "backed_bytes": "Physical memory that the pool holds.",
+    "backed_bytes": "Physical memory of the pool's pages; one page of padding comes on top.",
     "used_bytes": "Memory of pages in use: by requests, or by cached prefixes.",
     "cached_bytes": "Memory of cached prefixes.",
     "free_backed_bytes": "Memory of free pages that is kept ready.",
@@ -82,7 +82,7 @@ class Metrics:
         values = {
             "limit_bytes": stats["limit_bytes"],
             "capacity_bytes": stats["num_pages"] * page_bytes,
-            "backed_bytes": stats["physical_bytes"],
+            "backed_bytes": stats["backed_bytes"],
             "used_bytes": stats["pages_in_use"] * page_bytes,
             "cached_bytes": stats["pages_cached"] * page_bytes,
             "free_backed_bytes": stats["pages_free_backed"] * page_bytes,

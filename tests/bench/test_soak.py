@@ -38,7 +38,7 @@ class Pool(FakeServer):
     def figures(self) -> dict[str, Any]:
         figures = {
             "num_pages": PAGES, "page_bytes": 10, "limit_bytes": self.limits[-1] if self.limits else 10 * PAGES,
-            "physical_bytes": 10, "pages_backed": 0, "pages_in_use": 0, "pages_free_backed": 0, "pages_fenced": 0,
+            "backed_bytes": 10, "pages_backed": 0, "pages_in_use": 0, "pages_free_backed": 0, "pages_fenced": 0,
             "rows_running": 0, "requests_waiting": 0, "mappings": 7,
             "driver_calls": {"reserve": 3, "free_reservation": 1, "create": 9, "release": 8, "map": 20, "unmap": 12},
         }  # fmt: skip
@@ -111,7 +111,7 @@ def test_everybody_comes_and_goes_and_nothing_is_wrong(tmp_path: Path, capsys: p
         ("pages_in_use", "pages_in_use is 1 when idle"),
         ("rows_running", "rows_running is 1 when idle"),
         ("pages_fenced", "pages_fenced is 1 when idle"),
-        ("physical_bytes", "physical_bytes was 10 before and is 11"),
+        ("backed_bytes", "backed_bytes was 10 before and is 11"),
         ("mappings", "mappings was 7 before and is 8"),
         ("driver_calls create", "10 create less 8 release are not 1 handles"),
         ("driver_calls unmap", "20 map less 13 unmap are not 8 mappings"),

@@ -13,7 +13,7 @@ FIGURES = {
     "pages_backed": 12,
     "pages_shared": 4,
     "driver_calls": {"create": 12, "map": 20, "unmap": 0, "release": 0},
-    "physical_bytes": 12 * 23040,
+    "backed_bytes": 12 * 23040,
     "stock_bytes": 4 << 30,
 }
 

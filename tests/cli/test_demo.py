@@ -21,7 +21,7 @@ CACHE = {
     "pages_backed": 1200,
     "pages_shared": 4,
     "driver_calls": {"create": 12, "map": 20, "unmap": 1, "release": 0},
-    "physical_bytes": 3 << 20,
+    "backed_bytes": 3 << 20,
     "stock_bytes": 4 << 30,
 }
 

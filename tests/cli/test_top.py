@@ -17,7 +17,7 @@ from sgl_vtensor.cli.main import main
 
 MIB = 1 << 20
 FIGURES: dict[str, Any] = {
-    "page_bytes": 8 * MIB, "num_pages": 1000, "limit_bytes": 500 * 8 * MIB, "physical_bytes": 101 * 8 * MIB,
+    "page_bytes": 8 * MIB, "num_pages": 1000, "limit_bytes": 500 * 8 * MIB, "backed_bytes": 101 * 8 * MIB,
     "pages_in_use": 90, "pages_cached": 40, "pages_free_backed": 10, "pages_shared": 12, "pages_running": 50,
     "pages_seen": 125, "rows_running": 4, "rows_parked": 7, "mappings": 300, "requests_waiting": 2, "mapping_waits": 20,
     "mapping_wait_seconds": 0.01, "mapping_wait_longest_seconds": 0.0015, "tokens_hit": 750, "tokens_computed": 250,

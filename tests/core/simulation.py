@@ -410,7 +410,7 @@ class Server:
         assert not pages.fenced, f"pages {[*pages.fenced]} are fenced for nobody"
         self.check()
         self.pool.shrink(0)
-        assert pages.num_backed == 1, f"{pages.num_backed - 1} free pages could not be released"
+        assert pages.num_backed == 0, f"{pages.num_backed} free pages could not be released"
         self.check()
         self.pool.shutdown()
         driver = self.driver

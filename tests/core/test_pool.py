@@ -202,8 +202,11 @@ def test_figures(pool: VTensorPool, driver: HostDriver) -> None:
     assert (stats.num_pages, stats.pages_backed, stats.pages_in_use, stats.pages_shared) == (16, 4, 3, 2)
     assert (stats.rows_running, stats.rows_parked, stats.pages_fenced) == (2, 1, 0)
     assert stats.mappings == 6 + 2 + 3 + 1
-    assert stats.physical_bytes == driver.physical_bytes == 5 * pool.layout.page_bytes
+    assert stats.backed_bytes == driver.physical_bytes - pool.layout.page_bytes == 4 * pool.layout.page_bytes
     assert stats.limit_bytes == 16 * pool.layout.page_bytes
+    pool.set_limit(4)
+    assert pool.stats().limit_bytes == stats.backed_bytes and not pool.secure(2), "at the limit, and not beyond it"
+    pool.set_limit(16)
     assert stats.driver_calls == driver.calls and stats.driver_calls is not driver.calls
     check_tables(pool, driver, [*pages, *pool.pages_of(2, 2, 3)])
 

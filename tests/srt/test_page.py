@@ -175,6 +175,7 @@ def test_the_api_key_guards_the_page_and_its_data(path: str) -> None:
         assert client.get(path, headers={"authorization": "Bearer other"}).status_code == 401
         assert scheduler.asked == 0, "nobody who may not look costs anything"
         answer = client.get(path, headers={"authorization": "Bearer secret"})
+        assert client.post(path, headers={"authorization": "Bearer secret"}).status_code == 405, "to be looked at only"
         assert answer.status_code == 200
         if path == PATH:
             assert "default-src 'none'" in answer.headers["content-security-policy"]
@@ -269,7 +270,7 @@ def test_a_browser_shows_it(browser: Browser, shown: Shown, url: str) -> None:
     browser.open(url)
     browser.wait_for("look !== null")
     figures = shown.runtime.stats(shown.tree)
-    assert text(browser, "backed") == "208.00 KiB" and figures["physical_bytes"] == 52 * 4096
+    assert text(browser, "backed") == "204.00 KiB" and figures["backed_bytes"] == 51 * 4096
     assert text(browser, "running") == "3 running" and text(browser, "waiting") == "3 waiting"
     assert text(browser, "sharing").startswith(f"{(30 + 28 + 1) / (24 + 6 + 4):.2f} ")
     numbers = legend(browser)
