@@ -345,7 +345,6 @@ class RecordedPool(VTensorPool):
                 release=release,
             )
         )
-        logger.info("vTensor trace: events of the pool go to %s", self._writer.path)
 
     @property
     def trace_path(self) -> Path:

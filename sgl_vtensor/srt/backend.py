@@ -7,7 +7,6 @@ the same memory need not agree (CUDA programming guide, virtual aliasing).
 from __future__ import annotations
 
 import itertools
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,6 @@ from vtensor_kernels import DecodeWorkspace, decode_attention, prefill_attention
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.srt.flags import NAME
 from sgl_vtensor.srt.runtime import MAX_VIEWS, Runtime, runtime_of
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,12 @@ class VTensorAttnBackend(AttentionBackend):
         runtime.decode_reads_homes = self._fa3 is not None
         runtime.extend_reads_homes = self._fa3 is not None and self.kernel == "auto" and _copies_in_bulk(runtime)
         runtime.can_read_homes = self._paged is not None
-        fa3 = "in use" if self._fa3 is not None else "not used"
-        logger.info("vTensor attention: kernel %s, FlashAttention-3 %s", self.kernel, fa3)
+        runtime.attention = self._describe()
+
+    def _describe(self) -> str:
+        homes_only = self.runtime.extend_reads_homes and self.runtime.decode_reads_homes
+        where = "homes" if homes_only else "rows and homes" if self.runtime.can_read_homes else "rows"
+        return f"kernel {self.kernel}{' with FlashAttention-3' if self._fa3 is not None else ''} on {where}"
 
     def _choose_kernel(self, asked: str) -> str:
         if self.device.type == "cpu" and asked in ("triton", "fa3"):

@@ -121,7 +121,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
         HookType.AFTER,
         runtime.bound_requests,
-        "a request that does not fit the memory limit is refused when it comes",
+        "a request that does not fit the memory limit is refused when it comes; the log's line at start",
     ),
     Hook(
         f"{SCHEDULER}._poll_timeout_aborts",

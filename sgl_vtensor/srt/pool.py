@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sgl_vtensor.config import format_bytes
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.srt.flags import active_config
 from sgl_vtensor.vmm import open_driver
-
-logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 
@@ -62,24 +58,13 @@ class VTensorKVPool(MHATokenToKVPool):
         self.k_buffer = self.v_buffer = None
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        """What the pool may take when it is full; SGLang logs it. Pages are backed as they are used."""
+        """What the pool may take when it is full. Pages are backed as they are used."""
         total = (self.pages.num_pages + 1) * self.pages.layout.page_bytes
         return total // 2, total - total // 2
 
     def _finalize_allocation_log(self, num_tokens: int) -> None:
-        layout = self.pages.layout
+        """Nothing is allocated yet: the line is said once all is known (``Runtime.describe``)."""
         self.mem_usage = sum(self.get_kv_size_bytes()) / GIB
-        logger.info(
-            "vTensor KV cache: %s driver, up to %d tokens (%s), backed as they are used; "
-            "page %d tokens = %s, token stride %d B, %.1f%% padding",
-            self.pages.driver.name,
-            num_tokens,
-            format_bytes(sum(self.get_kv_size_bytes())),
-            layout.page_tokens,
-            format_bytes(layout.page_bytes),
-            layout.token_stride_bytes,
-            100 * layout.waste,
-        )
 
 
 def kv_pool_class(original: Callable[..., Any], platform: Any, *, kind: str) -> type | None:

@@ -77,6 +77,8 @@ class Runtime:
         """Whether it always prefills there."""
         self.launch_reads_homes = False
         """Whether the batch that is being launched does."""
+        self.attention = "another attention backend on homes"
+        """What reads the pages, in words; ours says so itself."""
         self.words = pool.pages.tensor().view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
         self.mapping_waits = 0
@@ -224,6 +226,25 @@ class Runtime:
 
     # Figures.
 
+    def describe(self) -> str:
+        """The log's one line at start."""
+        layout, pages, rows = self.pool.layout, self.pool.pages, self.pool.rows
+        parts = [
+            f"{self.pool.driver.name} driver",
+            f"page {layout.page_tokens} tokens = {format_bytes(layout.page_bytes)}",
+            f"token stride {layout.token_stride_bytes} B, {layout.waste:.1%} padding",
+            f"limit {format_bytes(pages.limit_pages * layout.page_bytes)} of "
+            f"{format_bytes(pages.num_pages * layout.page_bytes)} ({pages.num_pages * layout.page_tokens} tokens)",
+            f"{rows.num_rows - 1} rows of {rows.max_pages * layout.page_tokens} tokens, "
+            f"{rows.window_bytes / (1 << 40):.2f} TiB of addresses",
+            self.attention,
+        ]
+        if rows.max_mappings is not None:
+            parts.append(f"at most {rows.max_mappings} mappings in rows")
+        if isinstance(self.pool, RecordedPool):
+            parts.append(f"trace {self.pool.trace_path}")
+        return f"vTensor memory: {'; '.join(parts)}"
+
     def update_metrics(self, scheduler: Any, now: float) -> None:
         """Once in a while, for SGLang's ``/metrics``; nothing without ``--enable-metrics``."""
         if now < self._next_update:
@@ -297,14 +318,6 @@ def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
     runner.vtensor = Runtime(pool, allocator, policy, config, dense_capacity=runner.max_total_num_tokens)
     runner.vtensor.zero_fresh_pages()
     slots.attach_aux_cache(runner.vtensor)
-    logger.info(
-        "vTensor memory: limit %s; %d rows of %d tokens, %.2f TiB of address space; at most %s mappings",
-        format_bytes(pool.pages.limit_pages * pool.layout.page_bytes),
-        num_rows - 1,
-        slots.max_context_len,
-        pool.rows.window_bytes / (1 << 40),
-        pool.rows.max_mappings or "any number of",
-    )
 
 
 def _trace_of_rank(path: Path) -> Path:
@@ -403,10 +416,11 @@ def add_internal_state(original: Callable[..., Any], controller: Any, recv_req: 
 
 
 def bound_requests(result: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
-    """Hook: the longest request that SGLang accepts, within the limit."""
+    """Hook, once all is built: the longest request that SGLang accepts, within the limit; the line at start."""
     runtime = runtime_of(worker.model_runner)
     if runtime is None:
         return result
+    logger.info(runtime.describe())
     runtime.policy.full_request_lens = result[4], result[5]
     return (*result[:4], *runtime.policy.request_lens(), *result[6:])
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Literal
 
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.vmm.driver import VmmDriver
 
 __all__ = ["VmmDriver", "open_driver"]
-
-logger = logging.getLogger(__name__)
 
 
 def open_driver(
@@ -41,5 +38,4 @@ def open_driver(
         driver = CudaDriver(device_index)
     else:
         raise ConfigError(f"there is no driver {name!r}; the drivers are 'cuda' and 'host'")
-    logger.info("driver %s on %s, granules of %d bytes", driver.name, driver.device, driver.granularity)
     return driver

@@ -118,6 +118,11 @@ class SGLangServer:
         with socket.socket() as sock:
             return sock.connect_ex(("127.0.0.1", self.port)) == 0
 
+    def start_line(self) -> str:
+        """The only line of ours in the log of one rank's start."""
+        [line] = [line for line in self.log.read_text(errors="replace").splitlines() if "vTensor" in line]
+        return line.partition("vTensor memory: ")[2]
+
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.server.last_lines(lines))
 

@@ -111,6 +111,15 @@ def test_a_large_batch_reads_homes_and_maps_only_the_prefill_that_goes_on(world:
     assert not world.prefill([3], 13), "its row was mapped behind its first chunk"
 
 
+def test_the_line_at_start_says_what_the_pool_is(world: World) -> None:
+    world.runtime.policy.set_limit(150 << 12)
+    assert world.runtime.describe() == (
+        "vTensor memory: host driver; page 16 tokens = 4.00 KiB; token stride 256 B, 0.0% padding; "
+        "limit 600.00 KiB of 2.34 MiB (9600 tokens); 32 rows of 640 tokens, 0.00 TiB of addresses; "
+        "another attention backend on homes"
+    )
+
+
 def test_where_all_is_read_at_its_home_no_row_is_mapped(world: World) -> None:
     world.runtime.can_read_homes = world.runtime.decode_reads_homes = world.runtime.extend_reads_homes = True
     calls = world.driver.calls["map"]
