@@ -52,7 +52,8 @@ def test_the_limit_of_the_start_is_kept(server: SGLangServer, stock: StockAnswer
     assert server.vtensor()["limit_pages"] == NUM_PAGES * 9 // 10
     for expected in stock.hungry:
         assert server.generate(expected.prompt, expected.tokens).output_ids == expected.output_ids
-        assert server.vtensor()["pages_backed"] <= NUM_PAGES * 9 // 10
+        figures = server.vtensor()
+        assert figures["pages_backed"] <= NUM_PAGES * 9 // 10 and figures["backed_bytes"] <= figures["limit_bytes"]
 
 
 def test_a_limit_that_falls_and_rises_under_load_fails_no_request(server: SGLangServer, stock: StockAnswers) -> None:
@@ -137,6 +138,16 @@ def test_a_limit_that_is_refused(
     assert main(["limit", f"http://127.0.0.1:{server.port}", *arguments]) == 1
     assert said in capsys.readouterr().err
     assert server.vtensor()["limit_pages"] == NUM_PAGES
+
+
+def test_a_limit_without_a_key_is_refused(server: SGLangServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE)
+    before = server.vtensor()["limit_pages"]
+    body = {"server_args": {"vtensor_memory_limit_bytes": server.vtensor()["page_bytes"]}}
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}):
+        assert server.post("/set_internal_state", body, headers=headers).status_code == 401
+    assert server.vtensor()["limit_pages"] == before
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
 
 
 def test_without_a_size_it_is_shown(server: SGLangServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +235,7 @@ def test_prometheus_is_told_what_server_info_says(server: SGLangServer) -> None:
     page_bytes = figures["page_bytes"]
     assert values["vtensor_limit_bytes",] == figures["limit_bytes"]
     assert values["vtensor_capacity_bytes",] == NUM_PAGES * page_bytes
-    assert values["vtensor_backed_bytes",] == figures["physical_bytes"] == page_bytes, "the page of padding"
+    assert values["vtensor_backed_bytes",] == figures["backed_bytes"] == 0, "the page of padding is not counted"
     assert values["vtensor_used_bytes",] == 0
     assert values["vtensor_pages_released_total",] == figures["pages_released"] > 0
     assert values["vtensor_pages_evicted_total", "limit"] == figures["pages_evicted_by_limit"] > 0
