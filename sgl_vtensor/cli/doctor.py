@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -35,9 +35,8 @@ class Finding:
     remedy: str = ""
 
 
-def run(*, as_json: bool) -> int:
+def report(findings: Sequence[Finding], *, as_json: bool) -> int:
     """Print what every check found; 1 if any failed, else 0."""
-    findings = list(examine())
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
@@ -48,13 +47,18 @@ def run(*, as_json: bool) -> int:
     return int(any(finding.status == "failure" for finding in findings))
 
 
-def examine() -> Iterator[Finding]:
-    """Every check, in the order in which a user would mend things."""
+def examine(say: Callable[[str], None]) -> Iterator[Finding]:
+    """Every check, in the order in which a user would mend things. ``say`` is told of those that take seconds."""
     yield _python()
+    say("Importing SGLang")
     yield _sglang()
     yield _hooks()
+    say("Looking at the GPU")
     on_cuda = torch.cuda.is_available()
-    yield _device(on_cuda)
+    nvidia = _nvidia_driver()
+    yield _device(on_cuda, nvidia)
+    if nvidia is not None:
+        yield Finding("NVIDIA driver", "ok", nvidia)
     if on_cuda:
         yield _package("cuda-python", "cuda.bindings", "pip install cuda-python", "failure")
         yield _package("FlashAttention-3", "sgl_kernel", "reinstall SGLang; Triton kernels serve without it", "warning")
@@ -100,11 +104,33 @@ def _hooks() -> Finding:
     return Finding("hooks into SGLang", "ok", f"all {len(HOOKS)} targets are there")
 
 
-def _device(on_cuda: bool) -> Finding:
+def _nvidia_driver() -> str | None:
+    """Version of the NVIDIA driver and of the CUDA that it brings; None where there is none, or no NVML to ask."""
+    try:
+        import pynvml  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion()
+        return f"{pynvml.nvmlSystemGetDriverVersion()}, for CUDA up to {cuda // 1000}.{cuda % 1000 // 10}"
+    except pynvml.NVMLError as error:
+        return f"of unknown version ({error})"
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _device(on_cuda: bool, driver: str | None) -> Finding:
+    built = f"torch {torch.__version__} for CUDA {torch.version.cuda}" if torch.version.cuda else "torch without CUDA"
     if on_cuda:
         major, minor = torch.cuda.get_device_capability()
-        return Finding("device", "ok", f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}")
-    remedy = "fine for a trial; on a machine with a GPU, check nvidia-smi and that torch was built for CUDA"
+        return Finding("device", "ok", f"{torch.cuda.get_device_name()}, sm_{major}{minor}; {built}")
+    remedy = "fine for a trial; on a machine with a GPU, check nvidia-smi"
+    if driver is not None:
+        remedy = f"this is {built}: update the NVIDIA driver, install a torch for it, or look at CUDA_VISIBLE_DEVICES"
     return Finding("device", "warning", "no GPU that torch can use: the host driver serves, slowly", remedy)
 
 

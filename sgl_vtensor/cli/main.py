@@ -92,14 +92,19 @@ def parser() -> argparse.ArgumentParser:
         "plan",
         help="what a model's KV cache looks like in pages and rows",
         description="Reads a model's config.json and prints page sizes, what they waste and cost, and which one a "
-        "server on CUDA would take. Starts nothing and needs no GPU.",
+        "server on CUDA would take, and how much fits on the GPU that is here. Starts nothing and needs no GPU.",
     )
     plan.add_argument("model", metavar="MODEL", help="a model folder, or its config.json")
     plan.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (%(default)s)")
     plan.add_argument("--kv-dtype", default="auto", help="auto, bfloat16, fp8_e4m3, ... (%(default)s)")
     plan.add_argument("--context-length", type=int, metavar="N", help="longest request; default: the model's")
     plan.add_argument("--max-running-requests", type=int, default=256, metavar="N", help="at once (%(default)s)")
-    plan.add_argument("--memory", default="40GiB", metavar="SIZE", help="for KV on one GPU (%(default)s)")
+    plan.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="for KV on one GPU, like 40GiB, or 50%% of the GPU that is here; default: what SGLang would leave for KV "
+        "on the GPU that is here, or, where there is none, 40GiB",
+    )
     plan.add_argument("--json", action="store_true", help="print the figures for programs")
     plan.set_defaults(run=_plan)
 
@@ -146,26 +151,30 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from sgl_vtensor.cli import doctor
+    from sgl_vtensor.cli.progress import waiting
 
-    return doctor.run(as_json=options.json)
+    with waiting("Importing torch") as say:
+        from sgl_vtensor.cli import doctor
+
+        findings = list(doctor.examine(say))
+    return doctor.report(findings, as_json=options.json)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from sgl_vtensor.cli import plan
+    from sgl_vtensor.cli.progress import waiting
     from sgl_vtensor.config import parse_size
 
-    memory = parse_size("--memory", options.memory)
-    if memory.is_share:
-        raise ConfigError("--memory wants an amount like 40GiB: plan looks at no GPU of which it could be a share")
+    memory = None if options.memory is None else parse_size("--memory", options.memory)
     _check_counts(options, "context_length", "max_running_requests")
+    with waiting("Importing torch"):
+        from sgl_vtensor.cli import plan
     return plan.run(
         options.model,
         tp=options.tp,
         kv_dtype=options.kv_dtype,
         context_tokens=options.context_length,
         requests=options.max_running_requests,
-        memory_bytes=int(memory.amount),
+        memory=memory,
         as_json=options.json,
     )
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from sgl_vtensor.config import format_bytes
+from sgl_vtensor.config import Size, format_bytes
 from sgl_vtensor.core.layout import (
     CUDA_GRANULE_BYTES,
     CUDA_MIN_PAGE_TOKENS,
@@ -22,6 +23,9 @@ from sgl_vtensor.core.rows import WINDOW_BYTES_MAX
 from sgl_vtensor.errors import ConfigError
 
 GIB = 1 << 30
+DEFAULT_BYTES = 40 * GIB
+GPU_SHARE = 0.85
+"""Of a GPU, for weights and KV; SGLang chooses ``--mem-fraction-static`` between 0.8 and 0.9, by the GPU's size."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 MAPPING_BYTES = 550
 """Host memory that one mapping takes, measured with 126 000 of them."""
@@ -74,6 +78,59 @@ def read_geometry(model: str, *, tp: int, kv_dtype: str, context_tokens: int | N
     return Geometry(layers, max(1, kv_heads // tp), head_dim, ITEM_BYTES[dtype], context)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Memory for KV on one GPU, and in words where the figure is from."""
+
+    num_bytes: int
+    source: str
+
+
+def this_gpu() -> tuple[str, int] | None:
+    """Name and bytes of the GPU that a server would take first; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return properties.name, properties.total_memory
+
+
+def budget_for(model: str, memory: Size | None, *, tp: int) -> Budget:
+    """What there is for KV: as asked, or else on the GPU that is here, less the weights beside the model's config.
+
+    Raises:
+        ConfigError: a share is asked for and there is no GPU, or nothing is left beside the weights.
+    """
+    if memory is not None and not memory.is_share:
+        return Budget(int(memory.amount), f"{memory} for KV, as asked.")
+    gpu = this_gpu()
+    if gpu is None:
+        if memory is not None:
+            raise ConfigError(f"--memory {memory} is a share of a GPU, and none is here; give an amount, like 40GiB")
+        return Budget(
+            DEFAULT_BYTES,
+            f"No GPU is here, so this assumes {format_bytes(DEFAULT_BYTES)} for KV; --memory says otherwise.",
+        )
+    name, gpu_bytes = gpu
+    here = f"{name}, {format_bytes(gpu_bytes)}"
+    if memory is not None:
+        num_bytes = memory.bytes_of(gpu_bytes)
+        return Budget(num_bytes, f"{memory} of the GPU here ({here}): {format_bytes(num_bytes)} for KV.")
+    folder = Path(model) if Path(model).is_dir() else Path(model).parent
+    weights = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) // tp
+    num_bytes = int(GPU_SHARE * gpu_bytes) - weights
+    if num_bytes <= 0:
+        raise ConfigError(
+            f"{format_bytes(weights)} of weights leave nothing for KV on the GPU here ({here}); raise --tp, or plan "
+            "for another GPU with --memory"
+        )
+    less = f"less {format_bytes(weights)} of weights" if weights else "weights not counted (none in the folder)"
+    return Budget(
+        num_bytes,
+        f"The GPU here ({here}): {GPU_SHARE:.0%} of it, {less}, is {format_bytes(num_bytes)} for KV. A server takes "
+        "what its --mem-fraction-static leaves; --memory plans for another amount.",
+    )
+
+
 def layout_for(geometry: Geometry, page_tokens: int | None) -> KVLayout:
     """The layout on CUDA; without ``page_tokens``, the one that a server would choose."""
     return plan_layout(
@@ -121,32 +178,39 @@ def run(
     kv_dtype: str,
     context_tokens: int | None,
     requests: int,
-    memory_bytes: int,
+    memory: Size | None,
     as_json: bool,
 ) -> int:
     """Print the choice of page sizes and what follows from the one that a server would take."""
     geometry = read_geometry(model, tp=tp, kv_dtype=kv_dtype, context_tokens=context_tokens)
+    budget = budget_for(model, memory, tp=tp)
     chosen = layout_for(geometry, None)
     choices = [
-        figures(layout_for(geometry, tokens), geometry, requests=requests, memory_bytes=memory_bytes)
+        figures(layout_for(geometry, tokens), geometry, requests=requests, memory_bytes=budget.num_bytes)
         for tokens in PAGE_TOKENS_CHOICES
     ]
     taken = next(choice for choice in choices if choice["page_tokens"] == chosen.page_tokens)
+    if not taken["num_pages"]:
+        page = format_bytes(taken["page_bytes"])
+        raise ConfigError(f"{format_bytes(budget.num_bytes)} for KV hold no page, which is {page}; give more --memory")
     if as_json:
-        print(json.dumps({"chosen": chosen.page_tokens, "choices": choices}, indent=1))
+        print(
+            json.dumps({"chosen": chosen.page_tokens, "memory_bytes": budget.num_bytes, "choices": choices}, indent=1)
+        )
         return 0
     console = Console(highlight=False)
     console.print(
         f"One token{f', on each of {tp} ranks' if tp > 1 else ''}: K and V of {geometry.layers} layers x "
         f"{geometry.kv_heads} KV heads x {geometry.head_dim} x {geometry.item_bytes} B = {taken['token_bytes']:,} B."
     )
+    console.print(budget.source)
     table = Table(
         Column("page", no_wrap=True),
         "size",
         "padding",
         "maps/1k tokens",
         "pages/GiB",
-        f"tokens in {memory_bytes / GIB:g} GiB",
+        f"tokens in {format_bytes(budget.num_bytes)}",
     )
     for choice in choices:
         mark = " *" if choice is taken else ""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from sgl_vtensor.cli import doctor
+from sgl_vtensor.cli import doctor, progress
 from sgl_vtensor.cli.main import main
 from sgl_vtensor.errors import OutOfMemory
 from sgl_vtensor.vmm.base import CALL_KINDS
@@ -42,6 +45,59 @@ def test_all_is_well_on_the_host(capsys: pytest.CaptureFixture[str], monkeypatch
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("ok       Python             Python 3.1")
     assert lines[3].startswith("WARNING  device             no GPU")
+
+
+class NVML:
+    """What ``pynvml`` says on a machine with an NVIDIA driver; it may refuse."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, refused: str = "") -> None:
+        self.refused = refused
+
+    def _called(self, name: str) -> None:
+        if name == self.refused:
+            raise self.NVMLError("Unknown Error")
+
+    def nvmlInit(self) -> None:
+        self._called("init")
+
+    def nvmlShutdown(self) -> None:
+        pass
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.65.06"
+
+    def nvmlSystemGetCudaDriverVersion(self) -> int:
+        self._called("version")
+        return 13010
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says other things where there is a GPU")
+@pytest.mark.parametrize(
+    ("refused", "driver"),
+    [("", "580.65.06, for CUDA up to 13.1"), ("version", "of unknown version (Unknown Error)"), ("init", None)],
+)
+def test_the_nvidia_driver_is_named_even_where_torch_cannot_use_it(
+    refused: str, driver: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", NVML(refused))
+    status, found = findings(capsys)
+    assert status == 0
+    assert found.get("NVIDIA driver", {}).get("found") == driver
+    assert ("update the NVIDIA driver" in found["device"]["remedy"]) == (driver is not None)
+
+
+def test_progress_is_for_a_terminal_and_never_among_the_findings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["doctor", "--json"])
+    assert "Looking" not in capsys.readouterr().err
+    monkeypatch.setattr(progress, "Console", partial(Console, force_terminal=True))
+    main(["doctor", "--json"])
+    out, err = capsys.readouterr()
+    assert "Looking at the GPU" in err and json.loads(out)
 
 
 def test_another_sglang_is_a_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sgl_vtensor.cli import plan as command
 from sgl_vtensor.cli.main import main
 from sgl_vtensor.cli.plan import MAPPING_BYTES
 from sgl_vtensor.config import format_bytes
@@ -30,6 +31,11 @@ SMOLLM2 = LLAMA_8B | {
     "hidden_size": 576,
     "max_position_embeddings": 8192,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "this_gpu", lambda: None)
 
 
 def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, Any], *flags: str) -> dict[str, Any]:
@@ -68,9 +74,44 @@ def test_ranks_and_dtypes_divide(
 def test_what_a_person_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     assert main(["plan", str(tmp_path / "config.json"), "--max-running-requests=2000", "--context-length=1000000"]) == 1
-    said = " ".join(capsys.readouterr().out.split())
-    assert "= 131,072 B." in said and "128 tokens *" in said
-    assert "lower --max-running-requests to 837" in said
+    shown = said(capsys)
+    assert "= 131,072 B." in shown and "128 tokens *" in shown
+    assert "lower --max-running-requests to 837" in shown
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_without_a_gpu_the_default_says_that_it_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(tmp_path, capsys, LLAMA_8B)["num_pages"] == 40 * 64
+    assert main(["plan", str(tmp_path)]) == 0
+    assert "No GPU is here, so this assumes 40.00 GiB for KV" in said(capsys)
+    assert main(["plan", str(tmp_path), "--memory=1GiB"]) == 0
+    shown = said(capsys)
+    assert "1GiB for KV, as asked." in shown and "No GPU" not in shown
+
+
+def test_the_gpu_that_is_here_is_named_and_its_memory_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 GiB: 85% is 68; 16 GiB of weights on two ranks leave 60, which are 3840 pages of 16 MiB of one rank."""
+    monkeypatch.setattr(command, "this_gpu", lambda: ("NVIDIA H100", 80 << 30))
+    assert plan(tmp_path, capsys, LLAMA_8B)["num_pages"] == 68 * 64
+    for part in (1, 2):
+        with (tmp_path / f"model-{part}-of-2.safetensors").open("wb") as file:
+            file.truncate(8 << 30)
+    assert plan(tmp_path, capsys, LLAMA_8B)["num_pages"] == 52 * 64
+    found = plan(tmp_path, capsys, LLAMA_8B, "--tp=2")
+    assert found["num_pages"] * found["page_bytes"] == 60 << 30
+    assert main(["plan", str(tmp_path / "config.json"), "--tp=2"]) == 0
+    assert "The GPU here (NVIDIA H100, 80.00 GiB): 85% of it, less 8.00 GiB of weights, is 60.00 GiB for KV." in said(
+        capsys
+    )
+    assert plan(tmp_path, capsys, LLAMA_8B, "--memory=25%")["num_pages"] == 20 * 64
+    monkeypatch.setattr(command, "this_gpu", lambda: ("NVIDIA L4", 18 << 30))
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "16.00 GiB of weights leave nothing for KV on the GPU here (NVIDIA L4, 18.00 GiB)" in capsys.readouterr().err
 
 
 def worked_examples() -> list[list[str]]:
@@ -98,7 +139,7 @@ def test_docs_scaling_has_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "flags", "said"),
+    ("config", "flags", "reason"),
     [
         (None, [], "does not exist"),
         ({}, [], "lacks 'num_hidden_layers'"),
@@ -107,7 +148,8 @@ def test_docs_scaling_has_examples() -> None:
         (LLAMA_8B, ["--tp=0"], "cannot be divided among --tp 0"),
         (LLAMA_8B, ["--kv-dtype=int3"], "--kv-dtype int3 is not known"),
         (LLAMA_8B, ["--memory=lots"], "24GiB"),
-        (LLAMA_8B, ["--memory=50%"], "looks at no GPU"),
+        (LLAMA_8B, ["--memory=50%"], "none is here"),
+        (LLAMA_8B, ["--memory=15MiB"], "hold no page, which is 16.00 MiB"),
         (LLAMA_8B, ["--context-length=0"], "give at least 1"),
     ],
 )
@@ -116,9 +158,9 @@ def test_what_cannot_be_planned(
     capsys: pytest.CaptureFixture[str],
     config: dict[str, Any] | None,
     flags: list[str],
-    said: str,
+    reason: str,
 ) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["plan", str(tmp_path), *flags]) == 1
-    assert said in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
