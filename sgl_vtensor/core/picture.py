@@ -36,16 +36,16 @@ class Runs:
     """How many ranges each list has. Lists that would exceed ``MAX_RUNS`` in all are left out at the end."""
 
 
-def page_states(pool: VTensorPool, cached_pages: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+def page_states(pool: VTensorPool, is_cached: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
     """One byte for each of the pages ``[1, num_pages]``: state | ``CACHED_BIT`` | requests << ``REQUESTS_SHIFT``.
 
     Args:
-        cached_pages: ids of the pages that the radix tree holds.
+        is_cached: [num_pages + 1], which pages the radix tree holds.
     """
     pages = pool.pages
     states = np.where(pages.is_free, np.where(pages.backed, FREE, UNBACKED), IN_USE).astype(np.uint8)
     states[list(pages.fenced)] = FENCED
-    states[np.asarray(cached_pages, dtype=np.int64)] |= CACHED_BIT
+    states[is_cached] |= CACHED_BIT
     states |= (np.minimum(pool.requests_of_pages, MAX_REQUESTS) << REQUESTS_SHIFT).astype(np.uint8)
     return states[1:]
 

@@ -57,6 +57,8 @@ class DebugChecker:
         owners[0] = 1
         owners += pool.pages.is_free
         tree_pages = set(tree_cache.all_pages())
+        if tree_pages != set(np.flatnonzero(tree_cache.is_cached).tolist()):
+            raise VTensorError("the tree owns other pages than it says; please report this")
         owners[list(tree_pages)] += 1
         for slot in np.flatnonzero(pool.row_of_slot).tolist():
             for page in pool.wanted[slot, : pool.num_wanted[slot]].tolist():

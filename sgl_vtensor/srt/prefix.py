@@ -71,6 +71,10 @@ class VTensorRadixCache(RadixCache):
         self._aging: set[TreeNode] = set()
         self._arrivals = count()
         super().reset()
+        num_pages = self.token_to_kv_pool_allocator.size // self.page_size
+        self.is_cached: npt.NDArray[np.bool_] = np.zeros(num_pages + 1, dtype=bool)
+        """[num_pages + 1]: which pages the tree owns, and in how many nodes; ``/vtensor`` need not walk it to know."""
+        self.num_nodes = 0
         # (node, namespace) -> the first pages of its children, sorted: neighbours share the longest beginnings.
         self._first_pages: dict[tuple[int, str | None, str | None], list[tuple[int, ...]]] = {}
 
@@ -117,8 +121,13 @@ class VTensorRadixCache(RadixCache):
         """First pages of the parent's children, of this node's namespace."""
         return self._first_pages.setdefault((node.parent.id, node.key.extra_key, node.key.cache_salt), [])
 
-    def _insert_helper(self, *args: Any, **kwargs: Any) -> tuple[int, TreeNode]:
-        matched, node = super()._insert_helper(*args, **kwargs)
+    def _insert_helper(
+        self, above: TreeNode, key: RadixKey, value: PageRun, *args: Any, **kwargs: Any
+    ) -> tuple[int, TreeNode]:
+        matched, node = super()._insert_helper(above, key, value, *args, **kwargs)
+        if matched < len(key):
+            self.is_cached[value.pages[matched // self.page_size :]] = True
+            self.num_nodes += 1
         if node is not self.root_node:
             siblings, page = self._siblings(node), self._first_page(node)
             at = bisect_left(siblings, page)
@@ -129,6 +138,7 @@ class VTensorRadixCache(RadixCache):
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
         upper = super()._split_node(key, child, split_len)
         self._siblings(child).append(self._first_page(child))
+        self.num_nodes += 1
         return upper
 
     def _delete_leaf(self, node: TreeNode) -> None:
@@ -137,6 +147,8 @@ class VTensorRadixCache(RadixCache):
         if not siblings:
             del self._first_pages[node.parent.id, node.key.extra_key, node.key.cache_salt]
         super()._delete_leaf(node)
+        self.is_cached[node.value.pages] = False
+        self.num_nodes -= 1
 
     # Eviction. SGLang's looks at every leaf at each call: it is left to policies that are not the default one.
 

@@ -40,13 +40,19 @@ class Tree:
     def __init__(self) -> None:
         self.root_node = TreeNode()
         self.nodes: list[TreeNode] = []
+        self.is_cached = np.zeros(601, dtype=bool)
 
     def add(self, parent: TreeNode | None, pages: list[int], *, age: float = 0.0) -> TreeNode:
         node = TreeNode()
         node.parent, node.value, node.last_access_time = parent or self.root_node, PageRun(pages, 16), 100.0 - age
         node.parent.children[len(node.parent.children)] = node
         self.nodes.append(node)
+        self.is_cached[pages] = True
         return node
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.nodes)
 
     def lock(self, node: TreeNode) -> None:
         while node is not self.root_node:
@@ -70,8 +76,7 @@ def test_prefixes_are_a_tree_whose_most_held_and_largest_come_first(grown: list[
         next_page += num_pages
         if locked:
             tree.lock(node)
-    found, cached = prefixes_picture(tree, 100.0)
-    assert sorted(cached.tolist()) == list(range(1, next_page))
+    found = prefixes_picture(tree, 100.0)
     table, by_id = found["table"], {node.id: node for node in tree.nodes}
     assert len(table) == min(page.MAX_PREFIXES, len(tree.nodes)) == len(found["num_runs"])
     assert found["left_out"] == len(tree.nodes) - len(table)
@@ -91,8 +96,31 @@ def test_what_requests_hold_is_shown_before_what_is_large() -> None:
     for place in range(page.MAX_PREFIXES + 5):
         tree.add(None, list(range(2 + 5 * place, 7 + 5 * place)))
     tree.lock(small)
-    found, _ = prefixes_picture(tree, 100.0)
+    found = prefixes_picture(tree, 100.0)
     assert small.id in [entry[0] for entry in found["table"]] and found["left_out"] == 6
+
+
+def test_of_a_tree_too_large_to_walk_what_requests_hold_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain that requests hold lies behind the oldest of many children, and many more stand beside its own."""
+    monkeypatch.setattr(page, "MAX_WALKED", 20)
+    monkeypatch.setattr(page, "MAX_CHILDREN", 3)
+    tree, node, held, number = Tree(), None, [], 1
+    for _ in range(5):
+        node = tree.add(node, [number])
+        held.append(node.id)
+        number += 1
+        for _ in range(40):
+            tree.add(node.parent, [number])
+            number += 1
+    tree.lock(node)
+    found = prefixes_picture(tree, 100.0)
+    table = found["table"]
+    assert [entry[0] for entry in table if entry[4]] == held
+    assert len(table) == 5 * 3 and found["left_out"] == len(tree.nodes) - len(table)
+    depths = {entry[0]: entry[2] for entry in table}
+    assert [depths[number] for number in held] == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(page, "MAX_WALKED", 7)
+    assert len(prefixes_picture(tree, 100.0)["table"]) == 7
 
 
 class Scheduler:

@@ -8,6 +8,7 @@ from array import array
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -16,6 +17,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sgl_vtensor.srt.prefix import PageRun, VTensorRadixCache
 
 PAGE_TOKENS = 4
+NUM_PAGES = 10_000
 
 
 class Tree:
@@ -23,7 +25,7 @@ class Tree:
 
     def __init__(self, policy: str = "lru") -> None:
         self.evicted: list[int] = []
-        allocator: Any = SimpleNamespace(device="cpu", free_segment=self._free)
+        allocator: Any = SimpleNamespace(device="cpu", free_segment=self._free, size=NUM_PAGES * PAGE_TOKENS)
         self.cache = VTensorRadixCache(CacheInitParams(False, None, allocator, PAGE_TOKENS, eviction_policy=policy))  # type: ignore[arg-type]
         self.pages = 0
 
@@ -56,6 +58,8 @@ class Tree:
             if node.children
         }
         assert {key[0]: pages for key, pages in self.cache._first_pages.items()} == children
+        assert self.cache.num_nodes == len(self.nodes()) - 1
+        assert np.flatnonzero(self.cache.is_cached).tolist() == sorted(self.cache.all_pages())
         assert self.cache.evictable_leaves <= self.cache._aging <= set(self.nodes())
         assert len(self.cache._by_age) == len(self.cache._aging)
 
