@@ -1,7 +1,10 @@
 """What the books of the pool cost the scheduler's thread: admit, decode step and free, as the server grows.
 
-The driver here does nothing, so that only our own Python is timed; what driver calls cost is in ``bench_vmm`` and in
-the servers' figures. With ``--trace``, also what recording adds to it, how large the trace is, and how fast it is
+The driver here does nothing, so that only our own Python is timed; what driver calls cost is in the servers' figures.
+Times are of this thread's CPU, so that a busy machine shows little in them. What looking costs is told apart, also as a
+part of a decode step of 10 ms: by default (``hook`` each step, ``count`` each driver call), with ``--enable-metrics``
+(``metrics`` once a second), and while somebody watches ``/vtensor`` (``picture`` once a second, and no longer than
+``page.MAX_SHARE`` of the time). With ``--trace``, also what recording adds, how large the trace is, and how fast it is
 replayed. Needs no GPU:
 
     python bench/bench_core.py [--steps 300] [--trace] [--no-record]
@@ -10,6 +13,7 @@ replayed. Needs no GPU:
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from array import array
@@ -22,7 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from prometheus_client import CollectorRegistry
 from results import Results
+from sglang.srt.managers.io_struct import GetInternalStateReqOutput, msgpack_encode
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -34,9 +40,11 @@ from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.replay import replay
 from sgl_vtensor.core.trace import RecordedPool, TraceReader
+from sgl_vtensor.srt import page, runtime
 from sgl_vtensor.srt.agree import NUM_DIGESTS, Ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.memory import MemoryPolicy
+from sgl_vtensor.srt.metrics import Metrics
 from sgl_vtensor.srt.prefix import PageRun, VTensorRadixCache
 from sgl_vtensor.srt.runtime import Runtime
 from sgl_vtensor.vmm.null import NullDriver
@@ -47,6 +55,11 @@ PREFIX_PAGES, OWN_PAGES = 64, 32
 NUM_PREFIXES = 16
 EVICTED_PAGES = 16
 """What a decode step of 1 000 requests takes, on average, of pages of 64 tokens."""
+CALLS = 1000
+"""Of what is too short to be timed alone."""
+STEP_US = 10_000.0
+STEP_CALLS = 2 * EVICTED_PAGES
+"""Driver calls of a step of 1 000 requests whose rows are read: a page is mapped at its home and in a row."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,7 @@ class Surroundings:
         self.load, self.pool = load, load.pool
         self.allocator: Any = VTensorAllocator.__new__(VTensorAllocator)
         self.allocator.page_size, self.allocator.device = PAGE_TOKENS, torch.device("cpu")
+        self.allocator.size = size.pages * PAGE_TOKENS
         self.allocator._pool, self.allocator._kvcache = self.pool, SimpleNamespace(pages=self.pool.pages)
         self.allocator.copies, self.allocator.tokens_hit, self.allocator.tokens_computed = [], 0, 0
         self.tree = VTensorRadixCache(CacheInitParams(False, None, self.allocator, PAGE_TOKENS))
@@ -167,16 +181,23 @@ class Surroundings:
         self.runtime.can_read_homes = True
         self.pool.take_fresh()
         self.policy.ranks = Ranks(0, np.zeros((2, 1 + 2 * NUM_DIGESTS), dtype=np.int64))
+        self.scheduler: Any = SimpleNamespace(
+            tree_cache=self.tree,
+            waiting_queue=[],
+            tp_worker=SimpleNamespace(model_runner=SimpleNamespace(vtensor=self.runtime)),
+        )
+        labels = dict.fromkeys(("model_name", "engine_type", "tp_rank", "pp_rank", "moe_ep_rank"), "0")
+        self.runtime._metrics = Metrics(labels, registry=CollectorRegistry())
         self.next_token = 0
         self.cache(size.leaves)
 
     def cache(self, num_pages: int) -> None:
         """Prefixes of one page each."""
-        for page in self.pool.pages.take_many(num_pages):
+        for taken in self.pool.pages.take_many(num_pages):
             tokens = array("q", range(self.next_token, self.next_token + PAGE_TOKENS))
             self.next_token += PAGE_TOKENS
             self.tree.insert(
-                InsertParams(key=RadixKey(tokens), value=PageRun([page], PAGE_TOKENS), inserted_len=0, priority=0)
+                InsertParams(key=RadixKey(tokens), value=PageRun([taken], PAGE_TOKENS), inserted_len=0, priority=0)
             )
 
     def launch(self) -> None:
@@ -196,8 +217,28 @@ class Surroundings:
         self.policy.decide(self.tree, time.monotonic() + 1e6)
 
     def figures(self) -> None:
-        """Once a second, for ``/metrics``."""
+        """For ``/server_info`` and ``top``."""
         self.runtime.stats(self.tree)
+
+    def hook(self) -> None:
+        """Each step, whatever is on: requests of ours are looked for among those that came, and metrics may be due."""
+        for _ in range(CALLS):
+            runtime.follow_decisions(_nothing, self.scheduler, [])
+
+    def count(self) -> None:
+        """Each driver call: counted and timed."""
+        for _ in range(CALLS):
+            self.pool.driver._timed("map", _nothing)  # type: ignore[attr-defined]
+
+    def metrics(self) -> None:
+        """Once a second, for ``/metrics``."""
+        self.runtime._next_update = 0.0
+        self.runtime.update_metrics(self.scheduler, time.monotonic() + 1e6)
+
+    def picture(self) -> None:
+        """Once a second, while somebody watches: taken, and made ready to be sent."""
+        shown = page.picture(self.runtime, self.scheduler, time.monotonic())
+        msgpack_encode(GetInternalStateReqOutput(internal_state=shown))
 
     def evict(self) -> None:
         """A step's pages, while the limit is reached."""
@@ -205,10 +246,15 @@ class Surroundings:
             raise SystemExit("nothing was evicted")
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
 def timed(call: Callable[[], None]) -> float:
-    start = time.perf_counter_ns()
+    """Microseconds of this thread's CPU."""
+    start = time.thread_time_ns()
     call()
-    return (time.perf_counter_ns() - start) / 1e3
+    return (time.thread_time_ns() - start) / 1e3
 
 
 def main() -> None:
@@ -219,23 +265,41 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for a copy of the rows")
     options = parser.parse_args()
     results = None if options.no_record else Results("core", options.out)
-    for size in SIZES:
-        measure(size, options.steps, results)
-        if options.trace:
-            with tempfile.TemporaryDirectory() as folder:
+    runtime.get_parallel = lambda: SimpleNamespace(dp_rank=0)  # there is no server whose parallelism could be asked for
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # as in SGLang: figures are kept in files
+        for size in SIZES:
+            middles = measure(size, options.steps, results)
+            overheads = overheads_of(middles)
+            if options.trace:
                 path = Path(folder) / "trace"
-                measure(size, options.steps, results, path)
+                traced = measure(size, options.steps, results, path)
                 measure_replay(size, path, results)
+                path.unlink()
+                overheads["trace"] = 100 * (traced["decode_step"] - middles["decode_step"]) / STEP_US
+            for name, percent in overheads.items():
+                print(f"{size!s:60} {'vtensor':13} {name:12} {percent:9.3f} % of a step of 10 ms", flush=True)
+                if results:
+                    results.add(str(size), "vtensor", f"overhead_{name}", "% of 10 ms", [percent])
 
 
-def measure(size: Size, steps: int, results: Results | None, trace: Path | None = None) -> None:
-    """One size, recorded or not."""
+def overheads_of(middles: dict[str, float]) -> dict[str, float]:
+    """What looking costs, in percent of the scheduler's time when a step takes 10 ms; each beside the default's."""
+    return {
+        "default": 100 * (middles["hook"] + STEP_CALLS * middles["count"]) / STEP_US,
+        "metrics": 100 * middles["metrics"] / 1e6,
+        "page": 100 * min(middles["picture"] / 1e6, page.MAX_SHARE),
+    }
+
+
+def measure(size: Size, steps: int, results: Results | None, trace: Path | None = None) -> dict[str, float]:
+    """One size, recorded or not: the median of each of its times, in microseconds."""
     load = Load(size, trace)
     around = Surroundings(load, size) if trace is None else None
     times: dict[str, list[float]] = {}
 
-    def note(name: str, call: Callable[[], None]) -> None:
-        times.setdefault(name, []).append(timed(call))
+    def note(name: str, call: Callable[[], None], calls: int = 1) -> None:
+        times.setdefault(name, []).append(timed(call) / calls)
 
     for step in range(steps):
         note("decode_step", load.decode)
@@ -252,6 +316,10 @@ def measure(size: Size, steps: int, results: Results | None, trace: Path | None 
             note("evict", around.evict)
             around.pool.pages.limit_pages = size.pages
             around.cache(EVICTED_PAGES)
+            note("hook", around.hook, CALLS)
+            note("count", around.count, CALLS)
+            note("picture", around.picture)
+            note("metrics", around.metrics)
     impl = "vtensor" if trace is None else "vtensor-trace"
     for name, values in times.items():
         low, middle, high = np.percentile(values, (20, 50, 80))
@@ -260,6 +328,7 @@ def measure(size: Size, steps: int, results: Results | None, trace: Path | None 
             results.add(str(size), impl, f"{name}_time", "us", values)
     if isinstance(load.pool, RecordedPool):
         load.pool.close_trace()
+    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def measure_replay(size: Size, path: Path, results: Results | None) -> None:

@@ -35,7 +35,7 @@ DATA_PATH = f"{PATH}/data"
 ASKS = "vtensor-page"
 """The id of our requests for SGLang's internal state; what comes back is the picture alone."""
 LOOK_SECONDS = 1.0
-MAX_SHARE = 0.005
+MAX_SHARE = 0.003
 """Of the scheduler's time that looking may cost: a picture that takes long is taken less often."""
 MAX_PREFIXES = 64
 MAX_WALKED = 2048
