@@ -61,6 +61,11 @@ def parse_size(name: str, text: str) -> Size:
     return Size(text.strip(), amount, False)
 
 
+def is_size(text: str) -> bool:
+    """Whether it is written like one."""
+    return _SIZE.fullmatch(text.strip()) is not None
+
+
 def format_bytes(num_bytes: int) -> str:
     """``16.00 GiB``, or the largest smaller unit of which there is one."""
     for unit in ("GiB", "MiB", "KiB"):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
-from sgl_vtensor.errors import VTensorError
+from sgl_vtensor.errors import ConfigError, VTensorError
 
 KEY_VARIABLE = "SGLANG_API_KEY"
 TIMEOUT_SECONDS = 30.0
+CHECK = "check the address: host and port, and no path"
 
 
 class NotFound(VTensorError):
@@ -25,10 +28,15 @@ class Client:
     Args:
         url: like ``http://127.0.0.1:30000``; the scheme may be left out.
         api_key: sent as a bearer token; by default what ``SGLANG_API_KEY`` holds.
+
+    Raises:
+        ConfigError: ``url`` is no address.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        if not _is_address(self.url):
+            raise ConfigError(f"{url} is not the address of a server; write it like http://127.0.0.1:30000")
         self.api_key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
         self._servers: list[Client] = []
 
@@ -63,7 +71,8 @@ class Client:
         """
         found: list[dict[str, Any]] = []
         for server in self.servers():
-            states = server.get("/server_info").get("internal_states", [])
+            info = server.get("/server_info")
+            states = info.get("internal_states", []) if isinstance(info, dict) else []
             # SGLang lists replicas as they answered.
             found += sorted(
                 (state for state in states if "vtensor" in state), key=lambda one: int(one["vtensor"].get("replica", 0))
@@ -83,15 +92,18 @@ class Client:
                 self.get("/server_info")
                 self._servers = [self]
             except NotFound:
-                workers = self.get("/workers")["workers"]
-                self._servers = [Client(worker["url"], self.api_key) for worker in workers]
+                try:
+                    workers = self.get("/workers")["workers"]
+                    self._servers = [Client(worker["url"], self.api_key) for worker in workers]
+                except (NotFound, LookupError, TypeError) as error:
+                    raise VTensorError(f"{self.url} is neither an SGLang server nor its router; {CHECK}") from error
         return self._servers
 
     def _ask(self, request: urllib.request.Request) -> Any:
         try:
             return json.loads(self._send(request))
         except ValueError as error:
-            raise VTensorError(f"{self.url} does not answer like an SGLang server; check the address") from error
+            raise VTensorError(f"{self.url} does not answer like an SGLang server; {CHECK}") from error
 
     def _send(self, request: urllib.request.Request) -> bytes:
         if self.api_key:
@@ -109,6 +121,14 @@ class Client:
                 ) from error
             kind = NotFound if error.code == 404 else VTensorError
             raise kind(f"{request.full_url} answered {error.code} {error.reason}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise VTensorError(f"{self.url} cannot be reached ({reason}); is the server running?") from error
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, or a port that is no number or too large
+        return False

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from rich.text import Text
 
 from sgl_vtensor.cli.server import Server, free_port
 from sgl_vtensor.cli.smollm2 import smollm2
+from sgl_vtensor.errors import ConfigError
 
 HOST = "127.0.0.1"
 LOGS = Path.home() / ".cache" / "sgl-vtensor" / "logs"
@@ -48,6 +50,8 @@ def run(options: argparse.Namespace, command: Sequence[str] | None = None) -> in
         if command is None:
             console.print("Preparing the model ...")
             model = options.model_path or str(smollm2())
+            if not (Path(model) / "config.json").exists():
+                raise ConfigError(f"{model} has no config.json; give a folder with a Hugging Face model")
             command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
         port = free_port(options.port, HOST)
         if port != options.port:
@@ -56,6 +60,7 @@ def run(options: argparse.Namespace, command: Sequence[str] | None = None) -> in
         flags = [*server_flags(port, cuda=torch.cuda.is_available()), *options.server_flags]
         environment = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **os.environ, "PYTHONUNBUFFERED": "1"}
         console.print(f"Starting SGLang on port {port}. Its log: {log}", soft_wrap=True)
+        console.print(f"The same by hand: {shlex.join(['python', *command[1:], *flags])}", soft_wrap=True)
         with Server([*command, *flags], log, environment) as server:
             try:
                 wait_until_ready(console, server, f"http://{HOST}:{port}")

@@ -94,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
         description="Reads a model's config.json and prints page sizes, what they waste and cost, and which one a "
         "server on CUDA would take, and how much fits on the GPU that is here. Starts nothing and needs no GPU.",
     )
-    plan.add_argument("model", metavar="MODEL", help="a model folder, or its config.json")
+    plan.add_argument(
+        "model", metavar="MODEL", help="a model folder, its config.json, or the name of a model that was downloaded"
+    )
     plan.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (%(default)s)")
     plan.add_argument("--kv-dtype", default="auto", help="auto, bfloat16, fp8_e4m3, ... (%(default)s)")
     plan.add_argument("--context-length", type=int, metavar="N", help="longest request; default: the model's")
@@ -187,7 +189,10 @@ def _add_server(command: argparse.ArgumentParser) -> None:
 def _limit(options: argparse.Namespace) -> int:
     from sgl_vtensor.cli import limit
     from sgl_vtensor.cli.client import Client
+    from sgl_vtensor.config import is_size
 
+    if options.size is None and is_size(options.url):
+        raise ConfigError(f"{options.url} is a size; the server's URL comes first: sgl-vtensor limit URL {options.url}")
     return limit.run(Client(options.url, options.api_key), options.size, wait_seconds=options.wait)
 
 
@@ -209,6 +214,8 @@ def _page(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if not 0 <= options.port <= 65535:
+        raise ConfigError(f"--port {options.port} is no port; give a number up to 65535, or 0 for any free one")
     # Imported here: it brings torch, and --help should not wait for that.
     from sgl_vtensor.cli import demo
 

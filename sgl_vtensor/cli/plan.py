@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ GIB = 1 << 30
 DEFAULT_BYTES = 40 * GIB
 GPU_SHARE = 0.85
 """Of a GPU, for weights and KV; SGLang chooses ``--mem-fraction-static`` between 0.8 and 0.9, by the GPU's size."""
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""Of a model of Hugging Face's hub."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 MAPPING_BYTES = 550
 """Host memory that one mapping takes, measured with 126 000 of them."""
@@ -44,18 +47,33 @@ class Geometry:
     context_tokens: int
 
 
+def config_file(model: str) -> Path:
+    """``config.json`` of a folder, the file itself, or the one in Hugging Face's cache. It may be missing."""
+    path = Path(model)
+    if path.is_dir():
+        return path / "config.json"
+    if not path.exists() and NAME.fullmatch(model):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model, "config.json")
+        return Path(cached) if isinstance(cached, str) else path
+    return path
+
+
 def read_geometry(model: str, *, tp: int, kv_dtype: str, context_tokens: int | None) -> Geometry:
-    """Read ``config.json`` of a local model folder, or the file itself.
+    """Read a model's ``config.json``.
 
     Raises:
         ConfigError: it cannot be read, or the model is not of a kind that vTensor memory holds.
     """
-    path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
+    path = config_file(model)
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; give a model folder or its config.json") from error
+        raise ConfigError(
+            f"{path} does not exist, and no model of that name was downloaded; give a model folder or its config.json "
+            f"(hf download {model} config.json)"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as a model's config.json ({error})") from error
     config = config.get("text_config", config)
@@ -115,8 +133,7 @@ def budget_for(model: str, memory: Size | None, *, tp: int) -> Budget:
     if memory is not None:
         num_bytes = memory.bytes_of(gpu_bytes)
         return Budget(num_bytes, f"{memory} of the GPU here ({here}): {format_bytes(num_bytes)} for KV.")
-    folder = Path(model) if Path(model).is_dir() else Path(model).parent
-    weights = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) // tp
+    weights = sum(file.stat().st_size for file in config_file(model).parent.glob("model*.safetensors")) // tp
     num_bytes = int(GPU_SHARE * gpu_bytes) - weights
     if num_bytes <= 0:
         raise ConfigError(

@@ -114,6 +114,21 @@ def test_the_gpu_that_is_here_is_named_and_its_memory_planned(
     assert "16.00 GiB of weights leave nothing for KV on the GPU here (NVIDIA L4, 18.00 GiB)" in capsys.readouterr().err
 
 
+def test_a_model_that_was_downloaded_is_found_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(LLAMA_8B))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert main(["plan", "some/model", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chosen"] == 128
+    assert main(["plan", "some/other"]) == 1
+    assert "hf download some/other config.json" in capsys.readouterr().err
+
+
 def worked_examples() -> list[list[str]]:
     lines = [line for line in SCALING.read_text().splitlines() if re.match(r"\| \d+B `--", line)]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

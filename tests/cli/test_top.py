@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -162,6 +163,11 @@ def test_where_nobody_watches_it_is_one_look(capsys: pytest.CaptureFixture[str])
     ("arguments", "said"),
     [
         (["http://127.0.0.1:9"], "is the server running?"),
+        (["htp://127.0.0.1:30000"], "is not the address of a server; write it like http://127.0.0.1:30000"),
+        (["127.0.0.1:port"], "127.0.0.1:port is not the address"),
+        (["127.0.0.1:99999"], "is not the address"),
+        (["http://[::1"], "is not the address"),
+        (["http://"], "is not the address"),
         (["--interval=0", "x"], "give seconds"),
         (["--interval=nan", "x"], "give seconds"),
     ],
@@ -171,6 +177,38 @@ def test_what_cannot_be_is_said_in_a_sentence(
 ) -> None:
     assert main(["top", *arguments]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_something_else_that_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """A path too many, another program with HTTP, and one without."""
+    with served(states=[state()]) as (url, _):
+        assert main(["top", f"{url}/v1"]) == 1
+        assert "/v1 is neither an SGLang server nor its router; check the address: host and port" in said(capsys)
+    with served(workers=[None]) as (url, _):
+        assert main(["top", url]) == 1
+        assert "is neither an SGLang server nor its router" in said(capsys)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            other, _ = server.accept()
+            with other:
+                other.recv(4096)
+                other.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        assert main(["top", f"127.0.0.1:{server.getsockname()[1]}"]) == 1
+        thread.join()
+        assert "cannot be reached (SSH-2.0" in said(capsys)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
+
+
+def test_a_size_in_the_urls_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["limit", "16GiB"]) == 1
+    assert "sgl-vtensor limit URL 16GiB" in said(capsys)
 
 
 def test_a_server_without_vtensor_memory(capsys: pytest.CaptureFixture[str]) -> None:
