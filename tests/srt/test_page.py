@@ -101,8 +101,8 @@ def test_what_requests_hold_is_shown_before_what_is_large() -> None:
 
 
 def test_of_a_tree_too_large_to_walk_what_requests_hold_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chain that requests hold lies behind the oldest of many children, and many more stand beside its own."""
-    monkeypatch.setattr(page, "MAX_WALKED", 20)
+    """A chain that requests hold lies behind the oldest of many children, and many more, with children, beside its own."""
+    monkeypatch.setattr(page, "MAX_WALKED", 15)
     monkeypatch.setattr(page, "MAX_CHILDREN", 3)
     tree, node, held, number = Tree(), None, [], 1
     for _ in range(5):
@@ -110,13 +110,13 @@ def test_of_a_tree_too_large_to_walk_what_requests_hold_is_shown(monkeypatch: py
         held.append(node.id)
         number += 1
         for _ in range(40):
-            tree.add(node.parent, [number])
-            number += 1
+            tree.add(tree.add(node.parent, [number]), [number + 1])
+            number += 2
     tree.lock(node)
     found = prefixes_picture(tree, 100.0)
     table = found["table"]
     assert [entry[0] for entry in table if entry[4]] == held
-    assert len(table) == 5 * 3 and found["left_out"] == len(tree.nodes) - len(table)
+    assert len(table) == 15 and found["left_out"] == len(tree.nodes) - len(table)
     depths = {entry[0]: entry[2] for entry in table}
     assert [depths[number] for number in held] == [0, 1, 2, 3, 4]
     monkeypatch.setattr(page, "MAX_WALKED", 7)
