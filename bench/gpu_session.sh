@@ -8,6 +8,7 @@
 # memory     what a server takes and gives back (memory.py)
 # soak       overload, aborts, limits, flushes (soak.py)
 # tests      that need a GPU: kernels, drivers, core
+# commands   doctor, plan, and what looking costs the scheduler's thread there (bench_core.py)
 # grid       the kernels over all shapes, against all baselines
 #
 # bench/session.sh says how steps are run. In $OUT: summary.txt, rows to append to bench/results by the same names,
@@ -76,6 +77,11 @@ for name in $steps; do
       step tests "$(left)" "$python" -m pytest tests/vmm tests/core tests/kernels tests/gpu/test_kernels_unmapped.py -m gpu -q \
         -p no:cacheprovider
       ;;
+    commands)
+      step doctor 90 "$python" -m sgl_vtensor doctor
+      if [ "$num_gpus" -gt 0 ]; then step plan 60 "$python" -m sgl_vtensor plan "${MODEL:-.gpu/llama8b}"; fi
+      step overhead 240 "$python" bench/bench_core.py --steps 30 --trace --no-record
+      ;;
     grid)
       for bench in prefill decode; do
         share_s=$(($(left) / ($([ $bench = prefill ] && echo 2 || echo 1))))
@@ -84,7 +90,7 @@ for name in $steps; do
       done
       ;;
     *)
-      say "no step $name; there are servers, memcheck, memory, soak, tests and grid"
+      say "no step $name; there are servers, memcheck, memory, soak, tests, commands and grid"
       status=1
       ;;
   esac

@@ -19,6 +19,7 @@ case "$*" in
     echo broken >&2; exit 3 ;;
   *memory.py*|*soak.py*|*--grid*) echo "$*" ;;
   *pytest*) echo 28 passed ;;
+  *sgl_vtensor*|*bench_core.py*) echo "$*" ;;
 esac
 """
 
@@ -58,6 +59,8 @@ def test_steps_by_name_and_without_time(tmp_path: Path) -> None:
     assert status == 0 and "28 passed" in text
     for bench in ("prefill", "decode"):
         assert f"bench/bench_{bench}.py --grid --budget-ms 8 --seconds" in text
+    status, text = session(tmp_path, "commands")
+    assert status == 0 and "-m sgl_vtensor doctor" in text and "bench_core.py --steps 30 --trace" in text
     status, text = session(tmp_path, "memcheck", "nothing", SESSION_SECONDS="10")
     assert status == 1 and "memcheck: left out" in text and "no step nothing" in text
 
