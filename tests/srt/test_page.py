@@ -101,7 +101,7 @@ def test_what_requests_hold_is_shown_before_what_is_large() -> None:
 
 
 def test_of_a_tree_too_large_to_walk_what_requests_hold_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chain that requests hold lies behind the oldest of many children, and many more, with children, beside its own."""
+    """What requests hold is a chain behind the oldest of many children, among many that have children, too."""
     monkeypatch.setattr(page, "MAX_WALKED", 15)
     monkeypatch.setattr(page, "MAX_CHILDREN", 3)
     tree, node, held, number = Tree(), None, [], 1
