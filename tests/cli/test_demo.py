@@ -131,6 +131,22 @@ def test_stop_is_quick_when_everybody_obeys(tmp_path: Path) -> None:
     assert not running.running()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port=65536"], "--port 65536 is no port"),
+        (["--port=-1"], "--port -1 is no port"),
+        (["--model-path=/nowhere"], "/nowhere has no config.json"),
+    ],
+)
+def test_what_cannot_start_is_said_before_sglang_is(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sgl_vtensor.cli.demo.Server", lambda *_: pytest.fail("it was started"))
+    assert main(["demo", *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_a_command_that_does_not_exist_leaves_no_guard(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Server([str(tmp_path / "nothing")], tmp_path / "log", os.environ)
