@@ -34,6 +34,8 @@ CHECKS = {
     "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1",
     "SGLANG_DEBUG_MEMORY_POOL": "1",
 }
+# A server whose detokenizer died would wait a minute for core dumps of a GPU that is not there.
+_NO_DUMPS = {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 _COMMON = (
     "--dtype=float32",
     "--device=cpu",
@@ -55,7 +57,8 @@ _HARMLESS = re.compile(
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's variables without our own, no model hub, and SGLang's checks on."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("SGL_VTENSOR")}
-    return mine | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | CHECKS | dict(extra or {})
+    ours = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return mine | ours | CHECKS | _NO_DUMPS | dict(extra or {})
 
 
 def launch_command(model: Path, flags: Sequence[str]) -> list[str]:
