@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -88,7 +89,8 @@ class SGLangServer:
         self, model: Path, log: Path, flags: Sequence[str] = (), extra_env: Mapping[str, str] | None = None
     ) -> None:
         self.log = log
-        self.port = free_port(0, "127.0.0.1")
+        # Below those that the system gives to clients: one of theirs would take it while the server starts.
+        self.port = free_port(random.randrange(20_000, 30_000), "127.0.0.1")
         self._read_to = 0
         self.flags = tuple(flags)
         command = launch_command(model, [*flags, "--host=127.0.0.1", f"--port={self.port}"])
