@@ -27,10 +27,10 @@ from tests.leaks import held  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test of the driver or the core leaves a thread running, or a host driver open that it has opened itself."""
+    """No test of the driver, the core or the plugin leaves a thread running, or a host driver open that it opened."""
     before = held()
     yield
-    if request.path.parent.name in ("vmm", "core"):
+    if request.path.parent.name in ("vmm", "core", "srt"):
         left = held() - before
         assert not left, f"left behind: {dict(left)}"
 

@@ -1,4 +1,4 @@
-"""The host driver and the core under Python's debug allocator, faulthandler and warnings that are errors."""
+"""The host driver, the core and the plugin under Python's debug allocator, faulthandler and warnings as errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sgl_vtensor.vmm.host import HostDriver
 from tests.leaks import held
 
 ROOT = Path(__file__).parents[1]
-FILES = ("vmm", "core/test_pages.py", "core/test_pool.py", "core/test_rows.py", "core/test_faults.py")
+CORE = ("vmm", "core/test_pages.py", "core/test_pool.py", "core/test_rows.py", "core/test_faults.py")
+PLUGIN = ("srt/test_memory.py", "srt/test_prefix.py", "srt/test_runtime.py")
 SANITIZED = (sys.executable, "-X", "dev", "-W", "error::ResourceWarning")
 """``-X dev``: PYTHONMALLOC=debug, faulthandler, and more."""
 
@@ -25,10 +26,11 @@ del buffer
 """
 
 
-def test_host_driver_and_core_run_sanitized() -> None:
-    files = [f"tests/{name}" for name in FILES]
+@pytest.mark.parametrize("names", [CORE, PLUGIN], ids=["core", "plugin"])
+def test_what_needs_no_server_runs_sanitized(names: tuple[str, ...]) -> None:
+    files = [f"tests/{name}" for name in names]
     command = [*SANITIZED, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not deep", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     assert "passed" in done.stdout
 

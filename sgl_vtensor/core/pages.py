@@ -25,6 +25,10 @@ def _give_up(_: DriverError) -> bool:
     return False
 
 
+def _ignore(_: DriverError) -> None:
+    return
+
+
 class Pages:
     """``num_pages`` usable pages with ids ``[1, num_pages]``, and the padding page 0.
 
@@ -44,6 +48,8 @@ class Pages:
         """What the ranks of one server agreed that each of them can have in use; None: this rank decides alone."""
         self.on_refusal: Callable[[DriverError], bool] = _give_up
         """Called when the driver refuses memory that the limit allows: true to try again, false to do without."""
+        self.on_blind: Callable[[DriverError], None] = _ignore
+        """Called when the driver cannot say how much memory is free: it is taken for enough until it refuses some."""
         self.home_bytes = (num_pages + 1) * layout.page_bytes
         self.home_base = driver.reserve(self.home_bytes)
         self._handles = np.zeros(num_pages + 1, dtype=np.uint64)
@@ -112,11 +118,25 @@ class Pages:
         most = self._allowed(beyond_limit)
         if self.agreed_pages is not None or self.num_backed >= most:
             return most
-        return min(most, self.possible())
+        possible = self.possible()
+        return most if possible is None else min(most, possible)
 
-    def possible(self) -> int:
-        """How many pages the pool's size and the device's free memory, less the margin, would let be backed now."""
-        free_bytes, _ = self.driver.memory_info()
+    def free_bytes(self) -> int | None:
+        """The device's free memory; None: the driver cannot say, and ``on_blind`` has been told why."""
+        try:
+            return self.driver.memory_info()[0]
+        except DriverError as error:
+            self.on_blind(error)
+            return None
+
+    def possible(self) -> int | None:
+        """How many pages the pool's size and the device's free memory, less the margin, would let be backed now.
+
+        None where the driver cannot say.
+        """
+        free_bytes = self.free_bytes()
+        if free_bytes is None:
+            return None
         more = max(0, free_bytes - self.margin_bytes) // self.layout.page_bytes
         return min(self.num_pages, self.num_backed + more)
 
@@ -148,17 +168,28 @@ class Pages:
             room = max(0, most - self.num_backed)
         room = min(missing, room, len(self._free_unbacked))
         while room > 0:
-            page = self._free_unbacked[-1]
             try:
-                self._back(page)
+                self._back_one()
             except DriverError as error:
                 if not self.on_refusal(error):
                     return False
                 continue
-            self._free_unbacked.pop()
-            self._free_backed[page] = 0
             room -= 1
         return num_pages <= len(self._free_backed)
+
+    def prepare(self, num_pages: int) -> None:
+        """Back free pages until so many are ready, as far as the limit and the device's free memory go.
+
+        Nobody needs them yet, so ``on_refusal``, which may wait, is not asked.
+
+        Raises:
+            DriverError: the driver refused one; those before it are ready.
+        """
+        room = min(num_pages - len(self._free_backed), self._allowed(False) - (self.num_backed - 1))
+        if room > 0 and self.margin_bytes and (possible := self.possible()) is not None:
+            room = min(room, possible - (self.num_backed - 1))
+        for _ in range(min(room, len(self._free_unbacked))):
+            self._back_one()
 
     def take_many(self, num_pages: int) -> list[int]:
         """Take pages out of the free ones: backed ones first, the longest free first.
@@ -257,6 +288,12 @@ class Pages:
             self._drop_handle(page)
         self.driver.free_reservation(self.home_base, self.home_bytes)
         self._closed = True
+
+    def _back_one(self) -> None:
+        page = self._free_unbacked[-1]
+        self._back(page)
+        self._free_unbacked.pop()
+        self._free_backed[page] = 0
 
     def _back(self, page: int) -> None:
         page_bytes = self.layout.page_bytes

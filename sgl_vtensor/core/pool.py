@@ -256,8 +256,12 @@ class VTensorPool:
         return self.pages.secure(num_pages, beyond_limit=beyond_limit)
 
     def prepare(self, num_pages: int) -> None:
-        """Back free pages ahead of need until there are so many, as far as that goes at once and without a wait."""
-        self.pages.secure(num_pages)
+        """Back free pages ahead of need until there are so many, as far as that goes at once and without a wait.
+
+        Raises:
+            DriverError: the driver refused; as many as were backed before are there.
+        """
+        self.pages.prepare(num_pages)
 
     def shrink(self, keep_pages: int, *, at_most: int | None = None) -> int:
         """Release free pages beyond ``keep_pages`` that no launch can read, ``at_most`` so many; returns how many."""

@@ -177,6 +177,8 @@ class ReplayDriver(DriverProxy):
         free_pages = next(self.free_pages, None)
         if free_pages is None:
             raise InvariantBroken("the driver is asked for free memory more often than when this was recorded")
+        if free_pages < 0:
+            raise DriverError("memory_info", "RECORDED", "the driver could not say when the trace was recorded")
         free_bytes = self.margin_bytes + free_pages * self.page_bytes
         return free_bytes, free_bytes
 

@@ -140,7 +140,7 @@ class Event:
         outcome: what it returned, as a number, or how it failed (:class:`Raised`).
         calls: driver calls of each kind in :data:`CALLS`.
         refused: which of these calls, counted from 1 over all kinds, was refused, and how.
-        free_pages: what the driver said was free beyond the margin, each time that it was asked.
+        free_pages: what the driver said was free beyond the margin, each time that it was asked; -1: it could not say.
     """
 
     number: int
@@ -237,7 +237,7 @@ class _Tap(DriverProxy):
     def begin(self) -> None:
         self.counts = [0] * len(CALLS)
         self.refused: list[int] = []
-        self.free_bytes: list[int] = []
+        self.free_bytes: list[int | None] = []
 
     def create(self, num_bytes: int) -> int:
         self.counts[0] += 1
@@ -272,8 +272,9 @@ class _Tap(DriverProxy):
             raise
 
     def memory_info(self) -> tuple[int, int]:
+        self.free_bytes.append(None)
         info = super().memory_info()
-        self.free_bytes.append(info[0])
+        self.free_bytes[-1] = info[0]
         return info
 
     def _refuse(self, error: DriverError) -> None:
@@ -467,7 +468,7 @@ class RecordedPool(VTensorPool):
         tap = self._tap
         if tap.free_bytes or any(tap.counts):
             margin, page_bytes = self.pages.margin_bytes, self.layout.page_bytes
-            free = [max(0, num_bytes - margin) // page_bytes for num_bytes in tap.free_bytes]
+            free = [-1 if one is None else max(0, one - margin) // page_bytes for one in tap.free_bytes]
             self._writer.add(Op.DRIVER, 0, (*tap.counts, len(tap.refused) // 2, *tap.refused, *free))
         self._writer.add(op, outcome, args)
         if outcome < 0:

@@ -139,7 +139,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         HookType.BEFORE,
         prompts.check_prompt,
-        "an empty prompt, or a number that is no token, would end the scheduler",
+        "an empty prompt, a number that is no token, or generation by a model that embeds would end the scheduler",
     ),
 )
 

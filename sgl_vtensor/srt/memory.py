@@ -32,7 +32,6 @@ NEIGHBOUR_SECONDS = 30.0
 """While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
 PAGES_BESIDE_A_REQUEST = 2
 RELEASE_AGAIN_SECONDS = 5.0
-WARNING_SECONDS = 5.0
 SAY_SECONDS = 30.0
 """Of one kind of event, so often at most the log speaks."""
 SHORTAGE_SECONDS = 60.0
@@ -50,6 +49,7 @@ class MemoryPolicy:
             pool.pages.agreed_pages = pool.pages.num_pages
             ranks.publish(pool.pages.num_pages)
         pool.pages.on_refusal = self._do_without if ranks is None else self._wait_for_memory
+        pool.pages.on_blind = self._note_blind
         self._on_cuda = pool.driver.name == "cuda"
         pool.pages.margin_bytes = MARGIN_BYTES if self._on_cuda else 0
         self.capacity_bytes = pool.pages.num_pages * pool.layout.page_bytes
@@ -68,7 +68,6 @@ class MemoryPolicy:
         self._next_look = 0.0
         self._next_release = 0.0
         self._next_decision = 0.0
-        self._next_warning = 0.0
         self._said: dict[str, float] = {}
         self._shortage_since = self._last_shortage = float("-inf")
         self.pages_evicted_by_limit = 0
@@ -121,16 +120,26 @@ class MemoryPolicy:
             self._next_look = now + LOOK_SECONDS
             short = self._release_for_neighbours()
             if self.ranks is not None:
-                self.ranks.publish(self.pool.pages.possible())
+                possible = self.pool.pages.possible()
+                if possible is not None:  # else what was said last holds
+                    self.ranks.publish(possible)
             else:
                 self.pages_evicted_by_age += self._evict(tree_cache, self._old_pages(tree_cache, now, short))
 
     def launched(self) -> None:
-        """Behind a launch, while the GPU computes: a few pages ahead of need, so that a decode step waits for none."""
+        """Behind a launch, while the GPU computes: a few pages ahead of need, so that a decode step waits for none.
+
+        The reserve itself never waits, and what each rank has of it decides nothing.
+        """
         self._idle_since = None
         ready = self.pool.pages.num_free_backed
         if ready < self.reserve_pages:
-            self.pool.prepare(min(self.reserve_pages, ready + PAGES_CREATED_AT_ONCE))
+            try:
+                self.pool.prepare(min(self.reserve_pages, ready + PAGES_CREATED_AT_ONCE))
+            except OutOfMemory:
+                pass  # when a page is needed it is asked for again
+            except DriverError as error:
+                self._warn("reserve", "the reserve could not be filled (%s)", error)
 
     def idle(self, tree_cache: Any, now: float) -> None:
         """No batch is in flight. SGLang comes here again and again while there is nothing to do."""
@@ -164,7 +173,9 @@ class MemoryPolicy:
         margin_bytes = self.pool.pages.margin_bytes
         if not margin_bytes:
             return 0
-        free_bytes, _ = self.pool.driver.memory_info()
+        free_bytes = self.pool.pages.free_bytes()
+        if free_bytes is None:
+            return 0
         short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
         if short <= 0:
             return 0
@@ -185,10 +196,13 @@ class MemoryPolicy:
         """Whether the log has just spoken of such an event."""
         return time.monotonic() - self._said.get(event, float("-inf")) < SAY_SECONDS
 
-    def _say(self, event: str, text: str, *arguments: str) -> None:
+    def _say(self, event: str, text: str, *arguments: object, level: int = logging.INFO) -> None:
         if not self._silent(event):
             self._said[event] = time.monotonic()
-            logger.info(f"vTensor memory: {text}", *arguments)
+            logger.log(level, f"vTensor memory: {text}", *arguments)
+
+    def _warn(self, event: str, text: str, error: DriverError) -> None:
+        self._say(event, text, error, level=logging.WARNING)
 
     def _old_pages(self, tree_cache: Any, now: float, short: int) -> int:
         """How many cached pages are to go: those too old to keep, or, as far as memory is short, rather old ones."""
@@ -224,11 +238,12 @@ class MemoryPolicy:
 
     def _do_without(self, error: DriverError) -> bool:
         """Cached prefixes go, requests wait or are retracted. Of a full device ``note_shortage`` speaks."""
-        now = time.monotonic()
-        if not isinstance(error, OutOfMemory) and now >= self._next_warning:
-            self._next_warning = now + WARNING_SECONDS
-            logger.warning("vTensor memory: a page could not be backed, requests wait for others (%s)", error)
+        if not isinstance(error, OutOfMemory):
+            self._warn("refusal", "a page could not be backed, requests wait for others (%s)", error)
         return False
+
+    def _note_blind(self, error: DriverError) -> None:
+        self._warn("blind", "free memory is not known, so the driver's refusals alone say when it ends (%s)", error)
 
     def _wait_for_memory(self, error: DriverError) -> bool:
         """A neighbour was faster. The other ranks wait for this one's launch, so waiting lets none of them run ahead.

@@ -93,7 +93,7 @@ class VTensorRadixCache(RadixCache):
         ]
         if len(child.key) > self.page_size:
             child = self._split_node(child.key, child, self.page_size)
-        child.last_access_time = node.last_access_time
+        child.last_access_time = time.monotonic()
         # The request locks the page that it copies from, for as long as it would lock any other prefix.
         return result._replace(
             device_prefix_len=matched + shared,
@@ -254,6 +254,7 @@ class VTensorRadixCache(RadixCache):
         priority = req.priority or 0
         above, start = self._resume(req)
         self._touch(above, priority)
+        self._count_hits(above, start, req.kv.cache_inserted_len)
         node, pages = above, self.pool.pages_of(slot, start // page_size, key_len // page_size)
         if pages:
             key = self._key_of(req, token_ids[start:key_len])
@@ -296,6 +297,13 @@ class VTensorRadixCache(RadixCache):
         while node is not None:
             node.last_access_time = now
             node.priority = max(node.priority, priority)
+            node = node.parent
+
+    def _count_hits(self, node: TreeNode, end: int, inserted_len: int) -> None:
+        """Of the path to ``node``, which ends at token ``end``, what lies behind ``inserted_len`` is a hit: once."""
+        while end > inserted_len:
+            self._inc_hit_count(node)
+            end -= len(node.value)
             node = node.parent
 
     def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:

@@ -1,9 +1,11 @@
-"""Prompts that would end SGLang's scheduler are refused while they are one client's affair."""
+"""Requests that would end SGLang's scheduler are refused while they are one client's affair."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sgl_vtensor.srt.flags import active_config
 
@@ -12,9 +14,14 @@ def check_prompt(manager: Any, obj: Any, input_ids: Sequence[int] | None) -> Non
     """Hook, in the tokenizer's process, before SGLang looks at a request's lengths.
 
     Raises:
-        ValueError: the prompt is empty, or has a number that is no token. SGLang answers the client with 400.
+        ValueError: an embedding server is asked to generate, or the prompt is empty or has a number that is no token.
+            SGLang answers the client with 400.
     """
-    if active_config() is None or input_ids is None or manager.mm_processor is not None:
+    if active_config() is None:
+        return
+    if isinstance(obj, GenerateReqInput) and not manager.is_generation:
+        raise ValueError("This server embeds and does not generate; ask /encode, or start it without --is-embedding.")
+    if input_ids is None or manager.mm_processor is not None:
         return
     if not input_ids:
         raise ValueError("The prompt has no tokens; give at least one.")

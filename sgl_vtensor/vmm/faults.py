@@ -11,6 +11,8 @@ from sgl_vtensor.vmm.base import CALL_KINDS
 from sgl_vtensor.vmm.driver import VmmDriver
 from sgl_vtensor.vmm.proxy import DriverProxy
 
+FAULT_KINDS = (*CALL_KINDS, "memory_info")
+
 
 class Call(NamedTuple):
     """One call as a predicate sees it: its method name, its number among those of that name (from 1), its arguments."""
@@ -35,8 +37,8 @@ class Fault:
     error: type[DriverError] = OutOfMemory
 
     def __post_init__(self) -> None:
-        if self.kind != "*" and self.kind not in CALL_KINDS:
-            raise ValueError(f"no calls of kind {self.kind!r}; the kinds are {', '.join(CALL_KINDS)} and *")
+        if self.kind != "*" and self.kind not in FAULT_KINDS:
+            raise ValueError(f"no calls of kind {self.kind!r}; the kinds are {', '.join(FAULT_KINDS)} and *")
 
 
 class FaultyDriver(DriverProxy):
@@ -50,7 +52,7 @@ class FaultyDriver(DriverProxy):
     def __init__(self, inner: VmmDriver, plan: Iterable[Fault] = ()) -> None:
         super().__init__(inner)
         self.plan = list(plan)
-        self.attempts: dict[str, int] = dict.fromkeys((*CALL_KINDS, "*"), 0)
+        self.attempts: dict[str, int] = dict.fromkeys((*FAULT_KINDS, "*"), 0)
 
     def reserve(self, num_bytes: int) -> int:
         self._maybe_fail("reserve", num_bytes=num_bytes)
@@ -76,6 +78,10 @@ class FaultyDriver(DriverProxy):
         self._maybe_fail("unmap", address=address, num_bytes=num_bytes)
         super().unmap(address, num_bytes)
 
+    def memory_info(self) -> tuple[int, int]:
+        self._maybe_fail("memory_info")
+        return super().memory_info()
+
     def _maybe_fail(self, kind: str, **arguments: Any) -> None:
         self.attempts[kind] += 1
         self.attempts["*"] += 1
@@ -85,5 +91,6 @@ class FaultyDriver(DriverProxy):
             number = self.attempts[fault.kind]
             hit = fault.when == number if isinstance(fault.when, int) else fault.when(Call(kind, number, arguments))
             if hit:
-                self.errors[kind] += 1
+                if kind in self.errors:  # a look is not counted
+                    self.errors[kind] += 1
                 raise fault.error(kind, "INJECTED", f"call {number} of kind {fault.kind!r} fails by plan.")

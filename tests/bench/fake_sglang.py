@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import ClientConnectionResetError, web
+
+CROWD_SECONDS = 30.0
 
 
 @dataclass
@@ -24,6 +27,8 @@ class FakeServer:
     delay_after: int = 0
     later_delay_s: float | None = None
     """In place of ``delay_s`` from request ``delay_after`` on."""
+    crowd: int = 0
+    """Nobody is answered before so many have come; after ``CROWD_SECONDS`` in vain they get an error."""
     max_total_num_tokens: int = 100_000
     fail_at: int = -1
     """The request (by order of coming) that gets an error."""
@@ -102,6 +107,11 @@ class FakeServer:
             return web.json_response({"error": "no"}, status=500)
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
+        deadline = time.monotonic() + CROWD_SECONDS
+        while len(self.bodies) < self.crowd:
+            if time.monotonic() > deadline:
+                return web.json_response({"error": f"only {len(self.bodies)} came"}, status=500)
+            await asyncio.sleep(0.001)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         try:
             await response.prepare(request)
@@ -138,7 +148,7 @@ async def running(server: FakeServer) -> AsyncIterator[FakeServer]:
     app.router.add_post("/abort_request", server.abort)
     app.router.add_post("/generate", server.generate)
     app.router.add_post("/v1/chat/completions", server.chat)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.5)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -6,11 +6,12 @@ import asyncio
 import csv
 import json
 import re
+import statistics
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import compare
 import pytest
@@ -20,7 +21,8 @@ from servers import flags_of
 
 from .fake_sglang import FakeServer, running
 
-MOST_SECONDS = 5.0
+NEVER_S = 3600.0
+"""An answer that nobody waits for: longer than a test may take."""
 
 
 @contextmanager
@@ -47,10 +49,7 @@ def in_thread(server: FakeServer) -> Iterator[FakeServer]:
 def compared(folder: Path, servers: dict[str, FakeServer], *options: str) -> int:
     with ExitStack() as stack:
         urls = [f"--url={name}={stack.enter_context(in_thread(server)).url}" for name, server in servers.items()]
-        begin = time.monotonic()
-        status = compare.main([*urls, f"--out={folder}", "--scale=0.01", "--longest-probe=0", *options])
-        assert time.monotonic() - begin < MOST_SECONDS
-        return status
+        return compare.main([*urls, f"--out={folder}", "--scale=0.01", "--longest-probe=0", *options])
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -58,12 +57,12 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def runs(folder: Path) -> list[dict[str, object]]:
+def runs(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
 
 
 def test_servers_are_measured_in_turn_with_the_same_traffic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    servers = {"a": FakeServer(0.004, "x"), "b": FakeServer(0.008, "y")}
+    servers = {"a": FakeServer(0.004, "x"), "b": FakeServer(0.012, "y")}
     assert compared(tmp_path, servers, "--workload", "single", "--rounds=2", "--users=2") == 0
     order = [(run["server"], run["seed"], run["state"]) for run in runs(tmp_path)]
     assert order == [(name, seed, state) for seed in (1, 2) for state in ("cold", "warm") for name in ("a", "b")]
@@ -74,10 +73,18 @@ def test_servers_are_measured_in_turn_with_the_same_traffic(tmp_path: Path, caps
     assert max(server.most_at_once for server in servers.values()) == 2
     text = capsys.readouterr().out
     by_metric = {(row["impl"], row["metric"]): row for row in rows(tmp_path) if row["case"].endswith("cold")}
-    ratio = float(by_metric["b", "throughput"]["p50"]) / float(by_metric["a", "throughput"]["p50"])
-    assert 0.4 < ratio < 0.7 and by_metric["b", "ttft_p50"]["unit"] == "ms"
-    shown = re.findall(r"^(a|b) .*?(\d\.\d{3}) \(", text, re.MULTILINE)  # throughput is the first ratio
-    assert shown[0] == ("a", "1.000") and shown[1][0] == "b" and 0.4 < float(shown[1][1]) < 0.7
+    cold = {
+        (run["server"], run["seed"]): run["figures"]["throughput"] for run in runs(tmp_path) if run["state"] == "cold"
+    }
+    for name in servers:
+        median = statistics.median(cold[name, seed] for seed in (1, 2))
+        assert float(by_metric[name, "throughput"]["p50"]) == pytest.approx(median, rel=1e-3)
+    assert by_metric["b", "ttft_p50"]["unit"] == "ms"
+    # However fast they were, b's rounds are compared with a's of the same seed.
+    ratios = [cold["b", seed] / cold["a", seed] for seed in (1, 2)]
+    assert len(set(ratios)) == 2 and 1.0 not in ratios
+    shown = re.findall(r"^(a|b) .*?(\d+\.\d{3}) \(", text, re.MULTILINE)  # throughput is the first ratio
+    assert shown[:2] == [("a", "1.000"), ("b", f"{statistics.median(ratios):.3f}")]
     assert (tmp_path / "single-cold-ttft.svg").read_text().startswith("<svg")
 
 
@@ -96,7 +103,6 @@ def test_what_memory_cost_is_told_and_later_turns_apart(tmp_path: Path, capsys: 
     assert all(max(wave[:n]) < min(wave[n:]) for wave, n in zip(waves, users, strict=True))
     later = sum(sum(wave[n:]) for wave, n in zip(waves, users, strict=True))
     figures = runs(tmp_path)[0]["figures"]
-    assert isinstance(figures, dict)
     answer = built.sessions[0].turns[0].answer_tokens
     for name, calls, requests in (("", sum(lens), sessions * turns), ("_later", later, sessions * (turns - 1))):
         assert figures[f"driver_calls_per_token{name}"] == pytest.approx(calls / (requests * answer))
@@ -108,15 +114,17 @@ def test_what_memory_cost_is_told_and_later_turns_apart(tmp_path: Path, capsys: 
     assert "mapping_wait_share_later" in capsys.readouterr().out
 
 
+@pytest.mark.timeout(120)
 def test_the_budget_holds_and_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "STOP_SECONDS", 0.5)
     monkeypatch.setattr(compare, "LEAST_RUN_SECONDS", 0.2)
-    budget = ("--workload=single", "--rounds=2", f"--budget-seconds={MOST_SECONDS - 2}")
-    # b's warm-up alone takes longer than there is; a has been warmed up by then.
-    assert compared(tmp_path, {"a": FakeServer(), "b": FakeServer(3.0)}, *budget) == 1
+    options = ("--workload=single", "--rounds=2")
+    # b's warm-up never ends.
+    assert compared(tmp_path, {"a": FakeServer(), "b": FakeServer(NEVER_S)}, *options, "--budget-seconds=2") == 1
     assert not (tmp_path / "runs.jsonl").exists()
-    # Here b gets slow in the second round.
-    assert compared(tmp_path, {"a": FakeServer(), "b": FakeServer(delay_after=40, later_delay_s=3.0)}, *budget) == 1
+    # Here b stops in the second round; the first has time enough on a busy machine, too.
+    stops = {"a": FakeServer(), "b": FakeServer(delay_after=40, later_delay_s=NEVER_S)}
+    assert compared(tmp_path, stops, *options, "--budget-seconds=10") == 1
     assert {run["server"] for run in runs(tmp_path)} == {row["impl"] for row in rows(tmp_path)} == {"a", "b"}
 
 
@@ -125,7 +133,7 @@ def test_a_server_that_fails_is_told_and_spoils_nothing_else(
 ) -> None:
     assert compared(tmp_path, {"a": FakeServer(), "b": FakeServer(fail_at=12)}, "--workload=single") == 1
     assert "error: 500" in capsys.readouterr().out
-    found = {(run["server"], run["figures"]["errors"]) for run in runs(tmp_path)}  # type: ignore[index]
+    found = {(run["server"], run["figures"]["errors"]) for run in runs(tmp_path)}
     assert ("a", 0.0) in found and ("b", 1.0) in found
 
 

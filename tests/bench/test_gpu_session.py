@@ -31,7 +31,7 @@ def session(folder: Path, *steps: str, **variables: str) -> tuple[int, str]:
     out = folder / "out"
     environment = {**os.environ, "OUT": str(out), "PYTHON": str(stub), **variables}
     done = subprocess.run(
-        [ROOT / "bench" / "gpu_session.sh", *steps], env=environment, capture_output=True, text=True, timeout=60
+        [ROOT / "bench" / "gpu_session.sh", *steps], env=environment, capture_output=True, text=True, timeout=300
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -112,7 +112,7 @@ def test_two_gpus_where_only_nccl_reduces(tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     said = done.stdout
     assert [said.count(f"{name}: begins") for name in ("pair", "replicas", "large", "answers")] == [2, 1, 1, 1]

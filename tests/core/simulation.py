@@ -11,6 +11,7 @@ ended; ``--seed S --timing T`` to replay one seed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sys
@@ -32,6 +33,7 @@ from sgl_vtensor.core.pages import PADDING_PAGE, Pages
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import PADDING_ROW
 from sgl_vtensor.core.trace import RecordedPool
+from sgl_vtensor.errors import OutOfMemory
 from sgl_vtensor.vmm.base import Mapping
 from sgl_vtensor.vmm.host import HostDriver
 
@@ -456,7 +458,8 @@ class Server:
             pool.shrink(dice.choice((0, 1, world.num_pages // 2)))
         if dice.random() < 0.05:
             self.seen["reserve"] += 1
-            pool.secure(dice.randint(1, 4))
+            with contextlib.suppress(OutOfMemory):
+                pool.prepare(dice.randint(1, 4))
         if dice.random() < 0.02:
             pool.pages.limit_pages = dice.choice((world.num_pages, dice.randint(1, world.num_pages)))
         if dice.random() < 0.02:

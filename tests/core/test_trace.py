@@ -136,7 +136,7 @@ def test_whole_runs_replay_clean(traces: list[Path]) -> None:
         assert result.figures.launches > 20 and result.bytes_left_out == 0
         for event in TraceReader(path).events():
             seen[event.op] = seen.get(event.op, 0) + 1
-    assert set(seen) == set(Op) - {Op.DRIVER, Op.PREPARE, Op.UNMAP}
+    assert set(seen) == set(Op) - {Op.DRIVER, Op.UNMAP}
 
 
 def test_every_call_that_changes_a_pool_is_recorded() -> None:
@@ -342,6 +342,27 @@ def test_memory_that_others_take_is_part_of_the_trace(path: Path) -> None:
     result = replay(TraceReader(path), check_every=1)
     assert result.broken is None, result.broken
     assert [event.free_pages for event in TraceReader(path).events() if event.op == Op.GROW] == [[2], []]
+
+
+def test_a_look_at_free_memory_that_fails_is_part_of_the_trace(path: Path) -> None:
+    """Without it more is asked for than with it: alone, replayed, it is the same, up to the refusal."""
+    recorded = Recorded(path)
+    with recorded as pool:
+        page_bytes = pool.layout.page_bytes
+        pool.pages.margin_bytes = 3 * page_bytes
+        recorded.host.capacity_bytes = 6 * page_bytes
+        recorded.driver.plan.append(Fault("memory_info", lambda _: True, DriverError))
+        pool.prepare(4)
+        with pytest.raises(OutOfMemory):
+            pool.prepare(8)
+        recorded.driver.plan.clear()
+        pool.prepare(8)
+        assert pool.pages.num_free_backed == 5
+    result = replay(TraceReader(path), check_every=1)
+    assert result.broken is None, result.broken
+    prepared = [event for event in TraceReader(path).events() if event.op == Op.PREPARE]
+    assert [event.free_pages for event in prepared] == [[-1], [-1], [0]]
+    assert [event.outcome for event in prepared] == [0, Raised.NO_MEMORY, 0]
 
 
 def test_ranks_that_wait_for_a_neighbour(path: Path) -> None:

@@ -73,7 +73,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait_for(self, script: str, *, seconds: float = 30.0) -> Any:
+    def wait_for(self, script: str, *, seconds: float = 120.0) -> Any:
         """Until the expression is true; returns its value."""
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(script)):

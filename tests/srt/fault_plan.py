@@ -23,7 +23,7 @@ class FaultPlan:
     @contextmanager
     def failing(self, **shares: float) -> Iterator[None]:
         """``create_OutOfMemory=0.5``: half of these calls fail so; ``rank=1``: on that rank only."""
-        self._write({name.replace("_", " "): share for name, share in shares.items()})
+        self._write({" ".join(name.rsplit("_", 1)): share for name, share in shares.items()})
         try:
             yield
         finally:

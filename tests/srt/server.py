@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -22,8 +23,10 @@ from sgl_vtensor.core.replay import replay
 from sgl_vtensor.core.trace import TraceReader
 
 READY = "The server is fired up and ready to roll!"
-START_SECONDS = 180.0
-ANSWER_SECONDS = 120.0
+# Against hanging only: a machine that also does other things is several times slower.
+START_SECONDS = 500.0
+ANSWER_SECONDS = 300.0
+WAIT_SECONDS = 120.0
 PAGE_TOKENS = 16
 
 # SGLang's own checks of its books, in every step and when idle; a failed one ends the scheduler.
@@ -34,6 +37,8 @@ CHECKS = {
     "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1",
     "SGLANG_DEBUG_MEMORY_POOL": "1",
 }
+# A server whose detokenizer died would wait a minute for core dumps of a GPU that is not there.
+_NO_DUMPS = {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 _COMMON = (
     "--dtype=float32",
     "--device=cpu",
@@ -55,7 +60,8 @@ _HARMLESS = re.compile(
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's variables without our own, no model hub, and SGLang's checks on."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("SGL_VTENSOR")}
-    return mine | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | CHECKS | dict(extra or {})
+    ours = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return mine | ours | CHECKS | _NO_DUMPS | dict(extra or {})
 
 
 def launch_command(model: Path, flags: Sequence[str]) -> list[str]:
@@ -83,7 +89,8 @@ class SGLangServer:
         self, model: Path, log: Path, flags: Sequence[str] = (), extra_env: Mapping[str, str] | None = None
     ) -> None:
         self.log = log
-        self.port = free_port(0, "127.0.0.1")
+        # Below those that the system gives to clients: one of theirs would take it while the server starts.
+        self.port = free_port(random.randrange(20_000, 30_000), "127.0.0.1")
         self._read_to = 0
         self.flags = tuple(flags)
         command = launch_command(model, [*flags, "--host=127.0.0.1", f"--port={self.port}"])
@@ -126,7 +133,7 @@ class SGLangServer:
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.server.last_lines(lines))
 
-    def get(self, path: str, timeout: float = 30) -> requests.Response:
+    def get(self, path: str, timeout: float = WAIT_SECONDS) -> requests.Response:
         return requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=timeout)
 
     def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
@@ -144,7 +151,7 @@ class SGLangServer:
 
     def flush_cache(self) -> None:
         """Wait until nothing runs, then flush."""
-        response = self.post("/flush_cache?timeout=60")
+        response = self.post(f"/flush_cache?timeout={WAIT_SECONDS:.0f}")
         assert response.ok, f"{response.status_code}: {response.text}"
 
     def vtensor(self) -> dict[str, Any]:
@@ -153,17 +160,24 @@ class SGLangServer:
         section: dict[str, Any] = states[0]["vtensor"]
         return section
 
-    def wait_for(self, holds: Callable[[dict[str, Any]], bool], *, seconds: float) -> dict[str, Any]:
+    def wait_for(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Until our figures are as wanted."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + WAIT_SECONDS
         while not holds(figures := self.vtensor()):
             assert time.monotonic() < deadline, figures
             time.sleep(0.05)
         return figures
 
+    def wait_for_log(self, text: str) -> None:
+        """Until the log says so."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while text not in self.log.read_text(errors="replace"):
+            assert time.monotonic() < deadline, f"the log does not say {text!r}:\n{self.tail()}"
+            time.sleep(0.1)
+
     def wait_idle(self) -> None:
         """Until nothing runs or waits, and SGLang has had its idle checks."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
             loads = self.get("/v1/loads").json()["loads"]
             if all(load["num_running_reqs"] == 0 and load["num_waiting_reqs"] == 0 for load in loads):

@@ -157,7 +157,7 @@ def test_server_without_a_hook_stops(tiny_llama: Path, tmp_path: Path, lost: str
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=180,
+        timeout=500,
     )
     assert done.returncode != 0
     assert "fired up" not in done.stdout

@@ -18,12 +18,13 @@ import pytest
 import requests
 from conftest import Start, StockAnswers
 from fault_plan import FaultPlan
-from server import VTENSOR, SGLangServer, generate_body
+from server import VTENSOR, WAIT_SECONDS, SGLangServer, generate_body
 
 from sgl_vtensor.cli.server import group_members
 
 pytestmark = pytest.mark.server
 
+END_SECONDS = 180.0
 FLAGS = (*VTENSOR, "--max-total-tokens=2048", "--vtensor-idle-seconds=1", "--vtensor-cache-seconds=2")
 
 
@@ -45,7 +46,9 @@ def answers_are_right(server: SGLangServer, stock: StockAnswers) -> None:
     assert [one.output_ids for one in answers] == [one.output_ids for one in asked]
 
 
-@pytest.mark.parametrize("fault", ["create_OutOfMemory", "create_DriverError", "release_DriverError"])
+@pytest.mark.parametrize(
+    "fault", ["create_OutOfMemory", "create_DriverError", "release_DriverError", "memory_info_DriverError"]
+)
 def test_a_driver_that_fails_costs_no_request(
     server: SGLangServer, stock: StockAnswers, plan: FaultPlan, fault: str
 ) -> None:
@@ -53,12 +56,11 @@ def test_a_driver_that_fails_costs_no_request(
     with plan.failing(**{fault: 0.4}):
         answers_are_right(server, stock)
         server.flush_cache()
-        time.sleep(2)
+        if fault == "release_DriverError":
+            server.wait_for_log("could not be given back")
     answers_are_right(server, stock)
-    server.wait_for(lambda figures: figures["pages_backed"] == 0, seconds=30)
+    server.wait_for(lambda figures: figures["pages_backed"] == 0)
     assert server.server.running()
-    if fault == "release_DriverError":
-        assert "could not be given back" in server.log.read_text()
 
 
 def test_clients_that_vanish_leave_nothing_behind(server: SGLangServer, stock: StockAnswers) -> None:
@@ -85,7 +87,7 @@ def test_clients_that_vanish_leave_nothing_behind(server: SGLangServer, stock: S
 def pages_add_up(server: SGLangServer) -> None:
     """Nothing runs, and every page is free or cached."""
     server.wait_idle()
-    figures = server.wait_for(lambda figures: figures["rows_running"] == 0, seconds=30)
+    figures = server.wait_for(lambda figures: figures["rows_running"] == 0)
     assert figures["pages_in_use"] == figures["pages_cached"] and figures["pages_fenced"] == 0, figures
 
 
@@ -127,7 +129,10 @@ def test_the_least_requests_are_served(server: SGLangServer, tokens: int) -> Non
 
 def test_the_longest_requests_that_are_accepted_are_served(server: SGLangServer) -> None:
     """Two pages less than the pool holds: longer ones would wait for ever. Each hits in a page of the one before."""
-    served = [server.post("/generate", generate_body([7] * tokens, 1), timeout=30).ok for tokens in range(2004, 2018)]
+    served = [
+        server.post("/generate", generate_body([7] * tokens, 1), timeout=WAIT_SECONDS).ok
+        for tokens in range(2004, 2018)
+    ]
     assert served == sorted(served, reverse=True) and True in served and False in served
     pages_add_up(server)
 
@@ -137,7 +142,7 @@ def test_a_bad_limit_changes_nothing(server: SGLangServer, value: str) -> None:
     before = server.vtensor()["limit_pages"]
     body = f'{{"server_args": {{"vtensor_memory_limit_bytes": {value}}}}}'
     url = f"http://127.0.0.1:{server.port}/set_internal_state"
-    answer = requests.post(url, data=body, headers={"content-type": "application/json"}, timeout=30)
+    answer = requests.post(url, data=body, headers={"content-type": "application/json"}, timeout=WAIT_SECONDS)
     assert answer.status_code == 400 or answer.json() == [False], answer.text
     assert server.vtensor()["limit_pages"] == before
 
@@ -147,7 +152,7 @@ def test_a_flush_while_retracted_requests_wait(server: SGLangServer, stock: Stoc
     asked = stock.hungry[:3]
     with ThreadPoolExecutor(3) as executor:
         answers = [executor.submit(server.generate, one.prompt, one.tokens) for one in asked]
-        server.wait_for(lambda figures: figures["rows_running"] == 3, seconds=30)
+        server.wait_for(lambda figures: figures["rows_running"] == 3)
         assert server.post("/pause_generation", {"mode": "retract"}).ok
         try:
             assert server.post("/flush_cache").ok
@@ -158,12 +163,49 @@ def test_a_flush_while_retracted_requests_wait(server: SGLangServer, stock: Stoc
     pages_add_up(server)
 
 
+def test_all_requests_can_be_aborted_at_once(server: SGLangServer, stock: StockAnswers) -> None:
+    asked = stock.hungry[:6]
+    with ThreadPoolExecutor(6) as executor:
+        answers = [executor.submit(server.generate, one.prompt, 250) for one in asked]
+        server.wait_for(lambda figures: figures["rows_running"] > 0)
+        assert server.post("/abort_request", {"rid": "", "abort_all": True}).ok
+        assert "abort" in {one.result().finish for one in answers}
+    pages_add_up(server)
+    answers_are_right(server, stock)
+
+
+def test_two_answers_to_one_prompt(server: SGLangServer, stock: StockAnswers) -> None:
+    one = stock.mixed[16]
+    body = generate_body(one.prompt, one.tokens)
+    body["sampling_params"]["n"] = 2
+    answers = server.post("/generate", body).json()
+    assert [tuple(answer["output_ids"]) for answer in answers] == 2 * [one.output_ids]
+    pages_add_up(server)
+
+
+def test_a_session_goes_on_where_it_was(server: SGLangServer, stock: StockAnswers) -> None:
+    """Each turn is given alone, and answered like all turns in one prompt."""
+    session = server.post("/open_session", {"capacity_of_str_len": 2048}).json()
+    said: tuple[int, ...] = ()
+    last = None
+    for number in range(3):
+        turn = stock.mixed[8 + number].prompt
+        params = {"id": session, "rid": last, "offset": -1, "replace": last is not None}
+        answer = server.post("/generate", generate_body(turn, 9) | {"session_params": params}).json()
+        said += turn
+        assert tuple(answer["output_ids"]) == server.generate(said, 9).output_ids
+        last = answer["meta_info"]["id"]
+        said += tuple(answer["output_ids"])
+    assert server.post("/close_session", {"session_id": session}).ok
+    pages_add_up(server)
+
+
 def test_a_thousand_connections(server: SGLangServer, stock: StockAnswers) -> None:
     """Half of them silent, half in the middle of a request, and the server answers in between and after."""
     half = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"
     with contextlib.ExitStack() as stack:
         for number in range(1000):
-            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_SECONDS))
             if number % 2:
                 client.sendall(half)
         answers_are_right(server, stock)
@@ -181,6 +223,11 @@ def scheduler_of(server: SGLangServer) -> int:
         if "scheduler" in Path(f"/proc/{pid}/cmdline").read_text():
             return pid
     raise AssertionError("the server has no scheduler")
+
+
+def bearers_of(server: SGLangServer) -> list[int]:
+    """The processes without which it cannot go on: all but Python's resource tracker, missed at the end only."""
+    return [pid for pid in group_of(server) if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def shared_memory_of(server: SGLangServer) -> set[Path]:
@@ -206,13 +253,12 @@ def kill_under_load(server: SGLangServer, stock: StockAnswers, victim: int, afte
     with ThreadPoolExecutor(8) as executor:
         asked = [executor.submit(ask, one.prompt) for one in stock.mixed[-8:]]
         time.sleep(after_s)
+        killed = Path(f"/proc/{victim}/cmdline").read_text().replace("\0", " ")
         os.kill(victim, signal.SIGKILL)
-        for one in asked:
-            one.result(timeout=60)
-    deadline = time.monotonic() + 40
-    while group_of(server):
-        assert time.monotonic() < deadline, f"still there: {group_of(server)}\n{server.tail()}"
-        time.sleep(0.1)
+        deadline = time.monotonic() + END_SECONDS
+        while group_of(server) or not all(one.done() for one in asked):
+            assert time.monotonic() < deadline, f"{killed} was killed, still there: {group_of(server)}\n{server.tail()}"
+            time.sleep(0.1)
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", server.port))
@@ -238,7 +284,7 @@ def test_killed_fifty_times(start: Start, stock: StockAnswers) -> None:
     for _ in range(rounds):
         with start(*FLAGS) as server:
             answers_are_right(server, stock)
-            victim = dice.choice(group_of(server))
+            victim = dice.choice(bearers_of(server))
             kill_under_load(server, stock, victim, dice.uniform(0, 2))
 
 
@@ -249,7 +295,7 @@ def test_a_driver_that_cannot_unmap_ends_the_server_with_its_reason(
     with plan.failing(unmap_DriverError=1.0):
         with ThreadPoolExecutor(8) as executor:
             list(executor.map(lambda one: _asked(server, one.prompt), stock.mixed))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + END_SECONDS
         while server.server.running():
             assert time.monotonic() < deadline, "the server goes on although nothing can be unmapped"
             time.sleep(0.2)
@@ -258,4 +304,4 @@ def test_a_driver_that_cannot_unmap_ends_the_server_with_its_reason(
 
 def _asked(server: SGLangServer, prompt: tuple[int, ...]) -> None:
     with contextlib.suppress(requests.RequestException):
-        server.post("/generate", generate_body(prompt, 40), timeout=30)
+        server.post("/generate", generate_body(prompt, 40), timeout=WAIT_SECONDS)

@@ -56,7 +56,7 @@ def test_engine(
         env=environment(env),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])

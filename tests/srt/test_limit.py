@@ -44,8 +44,8 @@ def limit(server: SGLangServer, size: str) -> int:
     return main(["limit", f"127.0.0.1:{server.port}", size, "--wait=0"])
 
 
-def wait_for_pages(server: SGLangServer, most: int, seconds: float) -> dict[str, int]:
-    return server.wait_for(lambda figures: figures["pages_backed"] <= most, seconds=seconds)
+def wait_for_pages(server: SGLangServer, most: int) -> dict[str, int]:
+    return server.wait_for(lambda figures: figures["pages_backed"] <= most)
 
 
 def test_the_limit_of_the_start_is_kept(server: SGLangServer, stock: StockAnswers) -> None:
@@ -79,7 +79,7 @@ def test_a_limit_that_falls_and_rises_under_load_fails_no_request(server: SGLang
             done.set()
         moving.result()
     assert limit(server, "20%") == 0
-    figures = wait_for_pages(server, NUM_PAGES // 5, seconds=2)
+    figures = wait_for_pages(server, NUM_PAGES // 5)
     assert figures["pages_evicted_by_limit"] > 0
 
 
@@ -97,17 +97,17 @@ def test_what_was_accepted_before_the_limit_fell_is_served(server: SGLangServer,
     asked = stock.hungry[:4]
     with ThreadPoolExecutor(4) as executor:
         answers = [executor.submit(server.generate, one.prompt, one.tokens) for one in asked]
-        time.sleep(0.5)
+        server.wait_for(lambda figures: figures["rows_running"] + figures["requests_waiting"] == 4)
         assert limit(server, "5%") == 0
         assert [one.result().output_ids for one in answers] == [one.output_ids for one in asked]
-    wait_for_pages(server, NUM_PAGES // 20, seconds=2)
+    wait_for_pages(server, NUM_PAGES // 20)
 
 
 def test_an_idle_server_gives_all_back_in_the_end(server: SGLangServer, stock: StockAnswers) -> None:
     expected = stock.mixed[17]
     assert server.generate(expected.prompt).output_ids == expected.output_ids
     assert server.vtensor()["pages_cached"] > 600 // PAGE_TOKENS
-    wait_for_pages(server, 0, seconds=6 + 2 * IDLE_SECONDS + 3)
+    wait_for_pages(server, 0)
     assert server.vtensor()["pages_evicted_by_age"] > 0
     assert server.generate(expected.prompt).output_ids == expected.output_ids
 
@@ -229,7 +229,7 @@ def test_the_page_shows_what_server_info_says_under_load(
 def test_prometheus_is_told_what_server_info_says(server: SGLangServer) -> None:
     """The last of this file's tests, so that all of their work is counted."""
     server.wait_idle()
-    figures = wait_for_pages(server, 0, seconds=6 + 2 * IDLE_SECONDS + 3)
+    figures = wait_for_pages(server, 0)
     time.sleep(3)  # an idle server looks once a second
     values = metrics(server)
     page_bytes = figures["page_bytes"]

@@ -309,6 +309,27 @@ def test_a_rank_whose_memory_a_neighbour_took_waits_for_it(world: World, monkeyp
     assert policy.decide(world.tree, 1e9) == Decision(3, 0), "and says so to the others"
 
 
+def test_the_reserve_waits_for_no_memory_and_decides_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that has none of it runs on, and all ranks agree on what they would have agreed on."""
+    policy, _ = two_ranks(world)
+    policy.reserve_pages = 4
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("a reserve must not wait"))
+    monkeypatch.setattr("sgl_vtensor.srt.memory.SHORTAGE_SECONDS", -1.0)
+    world.driver.capacity_bytes = world.driver.physical_bytes + 3 * world.pool.layout.page_bytes
+    for _ in range(3):
+        policy.launched()
+    assert world.pool.pages.num_free_backed == 3
+    policy.step(world.tree, 1.0)
+    assert policy.decide(world.tree, 1.0) == Decision(3, 0), "ready or not, so many can be had"
+    world.pool.pages.margin_bytes = 2 * world.pool.layout.page_bytes
+    world.driver.capacity_bytes += 3 * world.pool.layout.page_bytes
+    policy.launched()
+    assert world.pool.pages.num_free_backed == 4
+    policy.reserve_pages = 8
+    policy.launched()
+    assert world.pool.pages.num_free_backed == 4, "what is left to others stays theirs"
+
+
 @pytest.mark.parametrize("every_launch", [True, False])
 def test_ranks_that_decide_differently_are_found(every_launch: bool) -> None:
     """Also by a launch between two comparisons; and what comes later cannot hide it."""
@@ -431,7 +452,7 @@ def test_a_driver_that_refuses_memory_costs_no_request(
     with HostDriver(capacity_bytes=64 << 20) as inner:
         driver = FaultyDriver(inner)
         world = World(driver)
-        world.policy.reserve_pages = 4
+        world.policy.reserve_pages = 20
         world.run(1, 10)
         world.end(1, now=0.0)
         driver.plan.append(Fault(kind, lambda _: True, error))
@@ -441,9 +462,54 @@ def test_a_driver_that_refuses_memory_costs_no_request(
             num_tokens=20 * PAGE_TOKENS, tree_cache=world.tree, requests=[2, 3]
         )
         assert world.allocator.secure(5, world.tree), "cached prefixes give theirs"
-        assert len(caplog.records) == (error is DriverError), "a full device is nothing to speak of"
+        assert len(caplog.records) == 2 * (error is DriverError), "a full device is nothing to speak of"
         driver.plan.clear()
         assert world.admits(20)
+        world.pool.shutdown()
+
+
+def blinded(world: World, driver: FaultyDriver) -> list[int]:
+    """The driver cannot say how much memory is free; how often it was asked since."""
+    asked: list[int] = []
+    driver.plan.append(Fault("memory_info", lambda call: bool(asked.append(call.number)) or True, DriverError))
+    world.pool.pages.margin_bytes = world.pool.layout.page_bytes
+    return asked
+
+
+def test_a_driver_that_cannot_say_what_is_free_costs_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    """It is only a look: then it is the driver's refusals that say when memory ends. The log says so, and not again."""
+    with HostDriver(capacity_bytes=64 << 20) as inner:
+        driver = FaultyDriver(inner)
+        world = World(driver)
+        world.policy.reserve_pages = 20
+        asked = blinded(world, driver)
+        for now in range(3):
+            world.policy.step(world.tree, float(now))
+            world.policy.launched()
+        assert world.num_backed == 20 and len(asked) >= 6
+        assert world.admits(50)
+        world.run(1, 50)
+        world.end(1, now=0.0)
+        inner.capacity_bytes = inner.physical_bytes
+        assert not world.admits(60, answer_pages=200), "the driver refuses: the request waits"
+        assert world.allocator.check_decode_capacity(num_tokens=PAGE_TOKENS, tree_cache=world.tree, requests=[2, 3])
+        assert caplog.text.count("free memory is not known") == 1
+        driver.plan.clear()
+        assert world.pool.pages.most_in_use() == world.num_backed, "and once it can say, that holds again"
+        world.pool.shutdown()
+
+
+def test_ranks_agree_on_what_was_last_said_to_be_free() -> None:
+    with HostDriver(capacity_bytes=64 << 20) as inner:
+        driver = FaultyDriver(inner)
+        world = World(driver)
+        policy, _ = two_ranks(world)
+        inner.capacity_bytes = inner.physical_bytes + 50 * world.pool.layout.page_bytes
+        policy.step(world.tree, 1.0)
+        assert policy.decide(world.tree, 1.0) == Decision(50, 0)
+        assert blinded(world, driver) == []
+        policy.step(world.tree, 2.0)
+        assert policy.decide(world.tree, 2.0) == Decision(50, 0), "neither more nor less than before"
         world.pool.shutdown()
 
 

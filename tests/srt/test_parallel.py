@@ -111,7 +111,7 @@ def test_two_ranks_under_a_limit_that_moves(two_ranks: SGLangServer, stock: Stoc
 
 def test_rank_0_tells_all_when_old_prefixes_go(two_ranks: SGLangServer, stock: StockAnswers) -> None:
     check(two_ranks, [stock.mixed[17]], concurrency=1)
-    two_ranks.wait_for(lambda figures: figures["pages_backed"] == 0, seconds=15)
+    two_ranks.wait_for(lambda figures: figures["pages_backed"] == 0)
     assert two_ranks.vtensor()["pages_evicted_by_age"] > 0
     check(two_ranks, stock.mixed[::4], concurrency=2)
 

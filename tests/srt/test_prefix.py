@@ -1,10 +1,12 @@
-"""The radix tree without a server: what is evicted, in which order, and what is known of a node's children."""
+"""The radix tree without a server: what is evicted, in which order, and what requests leave in it."""
 
 from __future__ import annotations
 
 import random
 import time
 from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +16,17 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, Ma
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
-from sgl_vtensor.srt.prefix import PageRun, VTensorRadixCache
+from sgl_vtensor.core.layout import plan_layout
+from sgl_vtensor.core.pages import Pages
+from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.srt.allocator import VTensorAllocator
+from sgl_vtensor.srt.prefix import NO_TOKEN, PageRun, VTensorRadixCache
+from sgl_vtensor.vmm.host import HostDriver
 
 PAGE_TOKENS = 4
-NUM_PAGES = 10_000
+NUM_PAGES = 110
+NUM_SLOTS = 5
+MAX_LEN = 80
 
 
 class Tree:
@@ -25,7 +34,7 @@ class Tree:
 
     def __init__(self, policy: str = "lru") -> None:
         self.evicted: list[int] = []
-        allocator: Any = SimpleNamespace(device="cpu", free_segment=self._free, size=NUM_PAGES * PAGE_TOKENS)
+        allocator: Any = SimpleNamespace(device="cpu", free_segment=self._free, size=10_000 * PAGE_TOKENS)
         self.cache = VTensorRadixCache(CacheInitParams(False, None, allocator, PAGE_TOKENS, eviction_policy=policy))  # type: ignore[arg-type]
         self.pages = 0
 
@@ -122,3 +131,301 @@ def test_old_pages_are_counted_without_moving_anything(policy: str) -> None:
         assert tree.evicted == [1, 2, 3, 4]
     tree.cache.reset()
     assert tree.cache.old_pages(time.monotonic(), 100) == 0
+
+
+@dataclass(eq=False)
+class Request:
+    """What the tree looks at of SGLang's."""
+
+    slot: int
+    tokens: list[int]
+    origin_input_ids: list[int]
+    extra_key: str | None
+    priority: int
+    computed: int = 0
+    has_finished: bool = False
+    prefix_len: int = 0
+    last_node: Any = None
+    lock: Any = None
+    cache_salt: str | None = None
+    kv: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kv = SimpleNamespace(req_pool_idx=self.slot, cache_protected_len=0, cache_inserted_len=0)
+
+    def finished(self) -> bool:
+        return self.has_finished
+
+    @property
+    def full_untruncated_fill_ids(self) -> Any:
+        return array("q", self.tokens)
+
+
+class WalkingCache(VTensorRadixCache):
+    """It does what SGLang's does: each checkpoint comes down from the root, and the prompt is inserted once more."""
+
+    def _resume(self, req: Any) -> tuple[TreeNode, int]:
+        return self.root_node, 0
+
+    def _split_at_prompt(self, node: TreeNode, node_end: int, prompt_len: int, priority: int) -> None:
+        tokens = tokens_to(node, self)
+        if 0 < prompt_len < node_end:
+            key = RadixKey(array("q", tokens[:prompt_len]), node.key.extra_key)
+            value: Any = PageRun(self.path_pages(node)[: prompt_len // PAGE_TOKENS], PAGE_TOKENS)
+            self._insert_helper(self.root_node, key, value, priority + 1, prompt_len)
+
+
+def tokens_to(node: TreeNode, cache: VTensorRadixCache) -> list[int]:
+    parts: list[list[int]] = []
+    while node is not cache.root_node:
+        parts.append(list(node.key.token_ids))
+        node = node.parent
+    return [token for part in reversed(parts) for token in part]
+
+
+class Served:
+    """A tree over a real pool, and requests whose every token is written down in the page that it was computed into."""
+
+    def __init__(self, cache_class: type[VTensorRadixCache], policy: str = "lru") -> None:
+        self.driver = HostDriver(capacity_bytes=1 << 24)
+        layout = plan_layout(
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=8,
+            v_head_dim=8,
+            itemsize=4,
+            granule_bytes=self.driver.granularity,
+            page_tokens=PAGE_TOKENS,
+        )
+        self.pool = VTensorPool(Pages(self.driver, layout, NUM_PAGES), num_slots=NUM_SLOTS, max_len_tokens=MAX_LEN)
+        self.written = np.full((NUM_PAGES + 1, PAGE_TOKENS), NO_TOKEN)
+        self.table = np.zeros((NUM_SLOTS + 1, MAX_LEN), dtype=np.int64)
+        allocator: Any = VTensorAllocator.__new__(VTensorAllocator)
+        allocator.device, allocator._pool = "cpu", self.pool
+        table: Any = SimpleNamespace(write=self.table.__setitem__)
+        self.cache = cache_class(CacheInitParams(False, table, allocator, PAGE_TOKENS, eviction_policy=policy))
+        self.running: list[Request] = []
+        self.hits: list[int] = []
+
+    def start(
+        self, prompt: list[int], extra_key: str | None = None, priority: int = 0, *, chunk: int = MAX_LEN
+    ) -> None:
+        """A request comes, finds what there is, and computes the first chunk of the rest."""
+        slot = min(set(range(1, NUM_SLOTS + 1)) - {other.slot for other in self.running})
+        request = Request(slot, list(prompt), list(prompt), extra_key, priority)
+        key = RadixKey(array("q", prompt[:-1]), extra_key)
+        found = self.cache.match_prefix(MatchPrefixParams(key=key))
+        request.prefix_len = request.computed = found.device_prefix_len
+        protected = found.cache_protected_len
+        request.kv.cache_protected_len = request.prefix_len if protected is None else protected
+        request.last_node = found.last_device_node
+        request.lock = self.cache.lock(request.last_node)
+        self.hits.append(request.prefix_len)
+        self.running.append(request)
+        pages = self.cache.prefix_pages(request)
+        source = pages.pop() if request.prefix_len % PAGE_TOKENS else None
+        self.pool.open(slot, pages, request.prefix_len)
+        if source is not None:
+            self._grow(request, request.prefix_len)
+            copied = request.prefix_len % PAGE_TOKENS
+            self.written[self.pool.wanted[slot, len(pages)], :copied] = self.written[source, :copied]
+        self.compute(request, chunk)
+
+    def compute(self, request: Request, num_tokens: int = 1) -> None:
+        """The next chunk of the prompt, or, behind it, of an answer that is given."""
+        start, stop = request.computed, min(request.computed + num_tokens, len(request.tokens))
+        self._grow(request, stop)
+        positions = np.arange(start, stop)
+        pages = self.pool.wanted[request.slot, positions // PAGE_TOKENS]
+        self.written[pages, positions % PAGE_TOKENS] = request.tokens[start:stop]
+        request.computed = stop
+        positions = np.arange(stop)
+        slots = self.pool.wanted[request.slot, positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+        self.table[request.slot, :stop] = slots
+
+    def _grow(self, request: Request, len_tokens: int) -> None:
+        while not self.pool.grow([request.slot], [len_tokens]):
+            assert self.cache.evict(EvictParams(num_tokens=PAGE_TOKENS)).num_tokens_evicted
+
+    def checkpoint(self, request: Request) -> None:
+        self.cache.checkpoint(request, up_to=request.computed)
+
+    def end(self, request: Request, *, keep: bool = True) -> None:
+        """As SGLang's ``release_kv_cache``; an aborted or retracted request leaves nothing."""
+        request.has_finished = keep
+        if keep:
+            self.checkpoint(request)
+        self.cache.free_kv_row(request.kv, [(request.kv.cache_protected_len, request.computed)])
+        self.cache.unlock(request.lock)
+        self.pool.close(request.slot)
+        self.running.remove(request)
+
+    def nodes(self) -> list[TreeNode]:
+        found, stack = [], [self.cache.root_node]
+        while stack:
+            node = stack.pop()
+            found.append(node)
+            stack += node.children.values()
+        return found
+
+    def topology(self) -> list[tuple[Any, ...]]:
+        """All of the tree but its clock."""
+        return sorted(
+            (
+                node.key.extra_key or "",
+                tokens_to(node, self.cache),
+                len(node.key),
+                self.cache.path_pages(node),
+                node.lock_ref,
+                node.priority,
+                node.hit_count,
+            )
+            for node in self.nodes()
+            if node is not self.cache.root_node
+        )
+
+    def check(self) -> None:
+        """Whose page each is, and that its tokens are those of whoever sees it."""
+        owned = self.cache.all_pages()
+        for node in self.nodes():
+            tokens = np.array(tokens_to(node, self.cache)[-len(node.key) :] if len(node.key) else [], dtype=np.int64)
+            shown = self.written[self.cache.path_pages(node)].ravel()[-len(tokens) :] if len(tokens) else tokens
+            assert np.array_equal(tokens[tokens != NO_TOKEN], shown[tokens != NO_TOKEN])
+        locks = 0
+        for request in self.running:
+            protected, depth = request.kv.cache_protected_len, len(tokens_to(request.last_node, self.cache))
+            pages = self.pool.pages_of(request.slot, 0, -(-request.computed // PAGE_TOKENS))
+            slots = np.array(pages)[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)
+            seen = self.written.ravel()[slots.ravel()[: request.computed]]
+            assert seen.tolist() == request.tokens[: request.computed]
+            assert np.array_equal(self.table[request.slot, : request.computed], slots.ravel()[: request.computed])
+            assert (
+                pages[: protected // PAGE_TOKENS]
+                == self.cache.path_pages(request.last_node)[: protected // PAGE_TOKENS]
+            )
+            assert protected <= depth <= protected + PAGE_TOKENS and request.last_node.lock_ref > 0
+            owned += pages[protected // PAGE_TOKENS :]
+            locks += depth
+        assert sorted(owned) == (np.flatnonzero(~self.pool.pages.is_free[1:]) + 1).tolist()
+        assert sum(node.lock_ref * len(node.key) for node in self.nodes()) == locks
+        sizes = self.cache.evictable_size() + self.cache.protected_size()
+        assert sizes == len(self.cache.all_pages()) * PAGE_TOKENS
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        self.driver.close()
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    world = Served(VTensorRadixCache)
+    yield world
+    world.check()
+    world.close()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "priority"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_checkpoint_leaves_what_sglang_would_leave(policy: str, seed: int) -> None:
+    """Chunks, answers, hits that end inside a page, retractions and evictions, on two trees: one goes down from its
+    root at each checkpoint. Nodes, pages, locks, priorities, hits and what is evicted are the same at each step.
+    """
+    dice = random.Random(f"{policy} {seed}")
+    ours, theirs = worlds = Served(VTensorRadixCache, policy), Served(WalkingCache, policy)
+    told: list[list[int]] = [[7] * 40]
+    partial = 0
+
+    def both(act: Callable[[Served], Any]) -> None:
+        for world in worlds:
+            act(world)
+
+    def a_few(most: int) -> list[int]:
+        return [dice.randrange(2) for _ in range(dice.randrange(1, most))]
+
+    for _ in range(300):
+        number = dice.randrange(len(ours.running)) if ours.running else -1
+        action = dice.choice(
+            ("start", "start", "compute", "compute", "checkpoint", "checkpoint", "end", "retract", "evict")
+        )
+        if action == "start" and len(ours.running) < NUM_SLOTS:
+            beginning = dice.choice(told)
+            prompt = (beginning[: dice.randrange(len(beginning) + 1)] + a_few(9))[: MAX_LEN // 2]
+            of, priority, chunk = dice.choice((None, None, "a")), dice.randrange(3), dice.choice((4, 8, MAX_LEN))
+            both(lambda world: world.start(prompt, of, priority, chunk=chunk))  # noqa: B023
+            partial += ours.hits[-1] % PAGE_TOKENS > 0
+        elif number < 0:
+            continue
+        elif action == "compute":
+            chunk, answer = dice.choice((1, 4, 8)), a_few(6)
+            for world in worlds:
+                request = world.running[number]
+                if request.computed == len(request.tokens):
+                    request.tokens = (request.tokens + answer)[:MAX_LEN]
+                world.compute(request, chunk)
+        elif action == "checkpoint":
+            both(lambda world: world.checkpoint(world.running[number]))  # noqa: B023
+        elif action in ("end", "retract"):
+            told.append(list(ours.running[number].tokens))
+            both(lambda world: world.end(world.running[number], keep=action == "end"))  # noqa: B023
+        else:
+            num_tokens = dice.randrange(1, 40)
+            both(lambda world: world.cache.evict(EvictParams(num_tokens=num_tokens)))  # noqa: B023
+        assert ours.hits == theirs.hits and ours.topology() == theirs.topology()
+        ours.check()
+    assert partial > 10
+    both(Served.close)
+
+
+def test_a_request_that_copies_from_a_page_goes_on_at_the_border_before_it(served: Served) -> None:
+    """Its own page takes the place of the one that it copied from, whether the tree keeps it or not."""
+    served.start([1] * 8)
+    served.end(served.running[0])
+    for rest in ([1, 1, 2, 2, 3], [1, 1, 1, 2, 2]):
+        served.start([1] * 4 + rest)
+        request = served.running[-1]
+        assert (request.prefix_len, request.kv.cache_protected_len) == (4 + rest.count(1), 4)
+        served.checkpoint(request)
+        assert request.kv.cache_protected_len == 8
+        assert tokens_to(request.last_node, served.cache) == request.tokens[:8]
+        served.check()
+    for request in list(served.running):
+        served.end(request)
+    assert len(served.cache.root_node.children) == 1 and served.cache.evictable_size() == 24
+
+
+@pytest.mark.parametrize("hit", [0, 4, 6, 8, 11, 12, 15])
+@pytest.mark.parametrize("prompt_len", [1, 3, 4, 5, 8, 10, 12, 16])
+def test_an_answer_can_go_and_its_prompt_stay(served: Served, prompt_len: int, hit: int) -> None:
+    """Cut at the last border of a page inside the prompt, wherever the request was when it came, and nowhere else."""
+    prompt = list(range(prompt_len))
+    hit = hit if hit < prompt_len else 0
+    if hit:
+        served.start([*prompt[:hit], 77])
+        served.end(served.running[0])
+    served.start(prompt)
+    assert served.hits[-1] == hit
+    request = served.running[0]
+    request.tokens += [50 + number for number in range(9)]
+    served.compute(request, 9)
+    served.end(request)
+    whole = node = request.last_node
+    ends: set[int] = set()
+    while node is not served.cache.root_node:
+        ends.add(len(tokens_to(node, served.cache)))
+        node = node.parent
+    border, shared = (length // PAGE_TOKENS * PAGE_TOKENS for length in (prompt_len, hit))
+    assert ends == {shared, border, len(tokens_to(whole, served.cache))} - {0}
+    if border:
+        assert whole.parent.priority > whole.priority, "where priorities decide, the answer goes first"
+
+
+def test_a_hit_inside_the_first_page_counts_as_a_use(served: Served) -> None:
+    """Of a prompt that is shorter than a page, too."""
+    served.start([1] * 4)
+    served.end(served.running[0])
+    middle = time.monotonic()
+    assert served.cache.old_pages(middle, 10) == 1
+    served.start([1] * 3)
+    assert served.hits[-1] == 2
+    served.end(served.running[0], keep=False)
+    assert served.cache.old_pages(middle, 10) == 0

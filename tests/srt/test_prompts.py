@@ -1,4 +1,4 @@
-"""What no scheduler should see: the check of prompts on its own. On a server: ``test_crash.py``."""
+"""What no scheduler should see: the check of requests on its own. On a server: ``test_crash.py``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.srt import prompts
 
-MANAGER = SimpleNamespace(mm_processor=None, model_config=SimpleNamespace(vocab_size=100))
+MANAGER = SimpleNamespace(mm_processor=None, is_generation=True, model_config=SimpleNamespace(vocab_size=100))
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +34,13 @@ def test_others_do_not(input_ids: list[int], said: str, monkeypatch: pytest.Monk
     prompts.check_prompt(images, None, input_ids)
     monkeypatch.setattr(prompts, "active_config", lambda: None)
     prompts.check_prompt(MANAGER, None, input_ids)
+
+
+def test_a_server_that_embeds_is_not_asked_to_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeds: Any = SimpleNamespace(**vars(MANAGER) | {"is_generation": False})
+    with pytest.raises(ValueError, match="ask /encode"):
+        prompts.check_prompt(embeds, GenerateReqInput(input_ids=[5]), [5])
+    prompts.check_prompt(embeds, EmbeddingReqInput(input_ids=[5]), [5])
+    prompts.check_prompt(MANAGER, GenerateReqInput(input_ids=[5]), [5])
+    monkeypatch.setattr(prompts, "active_config", lambda: None)
+    prompts.check_prompt(embeds, GenerateReqInput(input_ids=[5]), [5])

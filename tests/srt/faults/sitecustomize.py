@@ -18,7 +18,7 @@ def install(path: str) -> None:
 
     from sgl_vtensor import vmm
     from sgl_vtensor.errors import DriverError, OutOfMemory
-    from sgl_vtensor.vmm.faults import Call, Fault, FaultyDriver
+    from sgl_vtensor.vmm.faults import FAULT_KINDS, Call, Fault, FaultyDriver
 
     dice, original = random.Random(1), vmm.open_driver
 
@@ -35,8 +35,7 @@ def install(path: str) -> None:
         return Fault(kind, when, error)
 
     def open_driver(*args: Any, **kwargs: Any) -> Any:
-        kinds = ("create", "map", "unmap", "release")
-        plan = [fault(kind, error) for kind in kinds for error in (OutOfMemory, DriverError)]
+        plan = [fault(kind, error) for kind in FAULT_KINDS for error in (OutOfMemory, DriverError)]
         return FaultyDriver(original(*args, **kwargs), plan)
 
     vmm.open_driver = open_driver
