@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -195,6 +195,15 @@ def rows_are_parked_in_use(patch: Patch) -> None:
     patch.setattr(Rows, "unmap_parked", unmap_parked)
 
 
+def mapping_ahead_overtakes_launches(patch: Patch) -> None:
+    """Unmap before completion: a waiting request's prefix is mapped into a row that a launch still reads."""
+
+    def is_ready(self: Rows, row: int, kept: Collection[int]) -> bool:
+        return row in self._parked and row not in kept
+
+    patch.setattr(Rows, "_is_ready", is_ready)
+
+
 def reset_forgets_the_fenced(patch: Patch) -> None:
     """Leak at flush: pages in use are not freed."""
 
@@ -258,6 +267,7 @@ MUTATIONS: list[Callable[[Patch], None]] = [
     zeroing_is_no_use,
     parked_mappings_are_ownership,
     rows_are_parked_in_use,
+    mapping_ahead_overtakes_launches,
     reset_forgets_the_fenced,
     padding_is_handed_out,
     mappers_are_forgotten,
