@@ -336,11 +336,11 @@ class Rows:
     def _candidates(self, prefix: PageArray, kept: Collection[int]) -> list[int]:
         # What is mapped ahead in part must be found again: rows that agree longer may be worth less.
         more = [*islice(self._parked, MAX_OLDEST), *self._unfinished]
-        return self._agreeing(prefix, kept) + [row for row in more if self._is_ready(row, kept)]
+        return self._agreeing(prefix, kept) + [row for row in more if row in self._parked and self._is_ready(row, kept)]
 
     def _is_ready(self, row: int, kept: Collection[int]) -> bool:
-        """Whether a row is parked, read by no launch, and not among those ``kept``."""
-        return row in self._parked and self._last_epoch[row] <= self.epochs.settled and row not in kept
+        """Whether a parked row is read by no launch and not among those ``kept``."""
+        return bool(self._last_epoch[row] <= self.epochs.settled) and row not in kept
 
     def _agreeing(self, prefix: PageArray, kept: Collection[int]) -> list[int]:
         """Parked rows that map the longest possible beginning of ``prefix``, by bisection.
@@ -362,7 +362,7 @@ class Rows:
         rows = []
         for place in islice(self._mappers.get(page, ()), MAX_SCANNED):
             row, at = divmod(place, self.max_pages)
-            if at == position and self._is_ready(row, kept):
+            if at == position and row in self._parked and self._is_ready(row, kept):
                 rows.append(row)
                 if len(rows) == MAX_AGREEING:
                     break

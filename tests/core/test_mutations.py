@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -197,11 +197,7 @@ def rows_are_parked_in_use(patch: Patch) -> None:
 
 def mapping_ahead_overtakes_launches(patch: Patch) -> None:
     """Unmap before completion: a waiting request's prefix is mapped into a row that a launch still reads."""
-
-    def is_ready(self: Rows, row: int, kept: Collection[int]) -> bool:
-        return row in self._parked and row not in kept
-
-    patch.setattr(Rows, "_is_ready", is_ready)
+    patch.setattr(Rows, "_is_ready", lambda self, row, kept: row not in kept)
 
 
 def reset_forgets_the_fenced(patch: Patch) -> None:
