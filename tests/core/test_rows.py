@@ -216,10 +216,10 @@ def test_a_prefix_that_was_mapped_ahead_costs_its_request_no_driver_call(pool: V
 
 def test_a_row_is_prepared_in_steps_although_another_agrees_longer(make_pool: MakePool) -> None:
     """Each step goes on where the last one ended. The row that agreed longest at first shows too much that is alive."""
-    pool = make_pool(num_pages=40, num_slots=1, num_rows=5)
+    pool = make_pool(num_pages=40, num_slots=1, num_rows=10)
     system = pool.pages.take_many(2)
     chat, _ = parked_row(pool, 1, system, 24)
-    others = [parked_row(pool, 1, [], 4)[0] for _ in range(3)]
+    others = [parked_row(pool, 1, [], 4)[0] for _ in range(8)]
     assert not pool.rows._empty
     wanted = [*system, *pool.pages.take_many(4)]
     before = pool.rows.mapped.copy()
@@ -231,10 +231,10 @@ def test_a_row_is_prepared_in_steps_although_another_agrees_longer(make_pool: Ma
 
 def test_a_row_in_part_mapped_ahead_is_taken(make_pool: MakePool) -> None:
     """Also where another agrees longer, and shows too much that is alive."""
-    pool = make_pool(num_pages=40, num_slots=1, num_rows=3, max_len=40)
+    pool = make_pool(num_pages=40, num_slots=1, num_rows=10, max_len=40)
     system = pool.pages.take_many(3)
     parked_row(pool, 1, system, 40)
-    row, _ = parked_row(pool, 1, [], 4)
+    row, *_ = [parked_row(pool, 1, [], 4)[0] for _ in range(8)]
     wanted = [*system, *pool.pages.take_many(3)]
     assert pool.map_ahead([wanted], at_most=3) == 2
     assert pool.rows.acquire(array(*wanted), 6) == row
@@ -322,7 +322,7 @@ def test_pages_that_nobody_has_are_not_mapped_ahead(pool: VTensorPool) -> None:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(data=st.data(), spare_rows=st.integers(0, 3), at_most=st.integers(2, 9))
+@given(data=st.data(), spare_rows=st.integers(0, 6), at_most=st.integers(2, 9))
 def test_mapping_ahead_comes_to_rest_and_serves_the_first(data: st.DataObject, spare_rows: int, at_most: int) -> None:
     """Whatever rows show, and whichever beginnings the waiting requests share: no two of them take a row from each
     other for ever, and the request that is admitted next waits for nothing."""

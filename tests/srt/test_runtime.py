@@ -183,15 +183,15 @@ def launched(new_tokens: int | None = None) -> Any:
 
 def test_a_launch_waits_for_no_mapping_of_a_prefix_that_has_waited(world: World) -> None:
     """The longer the launch before computes, the more is mapped behind it."""
-    prefix = world.pool.pages.take_many(36)
+    prefix = world.pool.pages.take_many(2 * CALLS_A_LAUNCH + 6)
     mapped = []
-    for new_tokens in (None, 0, 4 * TOKENS_A_CALL):
+    for new_tokens in (None, 5 * TOKENS_A_CALL - 1, 0):
         world.runtime.map_waiting([prefix], TREE, launched(new_tokens))
         mapped.append(world.pool.rows.mappings_ahead)
-    assert mapped == [CALLS_A_LAUNCH, 2 * CALLS_A_LAUNCH, 36]
+    assert mapped == [CALLS_A_LAUNCH, 2 * CALLS_A_LAUNCH + 4, len(prefix)]
     assert world.pool.stats().rows_prepared == 1
     waits = world.runtime.mapping_waits
-    world.pool.open(1, prefix, 36 * 16)
+    world.pool.open(1, prefix, len(prefix) * 16)
     assert not world.decode([1])
     assert world.runtime.mapping_waits == waits
 
