@@ -46,13 +46,15 @@ from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.memory import MemoryPolicy
 from sgl_vtensor.srt.metrics import Metrics
 from sgl_vtensor.srt.prefix import PageRun, VTensorRadixCache
-from sgl_vtensor.srt.runtime import Runtime
+from sgl_vtensor.srt.runtime import MAX_WAITING, Runtime
 from sgl_vtensor.vmm.null import NullDriver
 
 GRANULE_BYTES = 2 << 20
 PAGE_TOKENS = 64
 PREFIX_PAGES, OWN_PAGES = 64, 32
 NUM_PREFIXES = 16
+NEW_WAITING_STEPS = 40
+"""After so many steps other requests wait. Theirs are mapped ahead in 32; in the others there is nothing to do."""
 EVICTED_PAGES = 16
 """What a decode step of 1 000 requests takes, on average, of pages of 64 tokens."""
 CALLS = 1000
@@ -190,15 +192,35 @@ class Surroundings:
         self.runtime._metrics = Metrics(labels, registry=CollectorRegistry())
         self.next_token = 0
         self.cache(size.leaves)
+        self.waiting: list[SimpleNamespace] = []
 
-    def cache(self, num_pages: int) -> None:
-        """Prefixes of one page each."""
-        for taken in self.pool.pages.take_many(num_pages):
-            tokens = array("q", range(self.next_token, self.next_token + PAGE_TOKENS))
-            self.next_token += PAGE_TOKENS
-            self.tree.insert(
-                InsertParams(key=RadixKey(tokens), value=PageRun([taken], PAGE_TOKENS), inserted_len=0, priority=0)
+    def cache(self, num_prefixes: int, num_pages: int = 1) -> list[array[int]]:
+        """Prefixes of so many pages each; returns their tokens."""
+        told = []
+        for _ in range(num_prefixes):
+            tokens = array("q", range(self.next_token, self.next_token + num_pages * PAGE_TOKENS))
+            self.next_token += len(tokens)
+            run: Any = PageRun(self.pool.pages.take_many(num_pages), PAGE_TOKENS)
+            self.tree.insert(InsertParams(key=RadixKey(tokens), value=run, inserted_len=0, priority=0))
+            told.append(tokens)
+        return told
+
+    def arrive(self) -> None:
+        """As many requests wait as are looked at, each with a long prefix that no row shows."""
+        self.waiting = [
+            SimpleNamespace(
+                origin_input_ids=tokens + array("q", [0]),
+                output_ids=array("q"),
+                extra_key=None,
+                cache_salt=None,
+                positional_embed_overrides=None,
+                _compute_max_prefix_len=lambda length: length - 1,
             )
+            for tokens in self.cache(MAX_WAITING, PREFIX_PAGES)
+        ]
+
+    def map_waiting(self) -> None:
+        self.runtime.map_waiting(self.waiting, self.tree, SimpleNamespace(extend_num_tokens=None))
 
     def launch(self) -> None:
         slots = self.load.slots
@@ -305,6 +327,12 @@ def measure(size: Size, steps: int, results: Results | None, trace: Path | None 
         note("decode_step", load.decode)
         if around is not None:
             note("launch", around.launch)
+            if step % NEW_WAITING_STEPS == 0:
+                around.arrive()
+            before = around.pool.rows.mappings_ahead
+            duration = timed(around.map_waiting)
+            name = "map_ahead" if around.pool.rows.mappings_ahead > before else "nothing_ahead"
+            times.setdefault(name, []).append(duration)
         slot = int(load.slots[step % size.running])
         note("free", partial(load.free, slot))
         note("admit", partial(load.admit, slot))

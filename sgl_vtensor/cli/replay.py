@@ -90,6 +90,7 @@ def _lines(figures: Figures) -> dict[str, str]:
         "mappings at most": f"{figures.peak_mappings:,}",
         "pages shared from the cache": f"{figures.pages_hit:,} of {pages:,}{_share(figures.pages_hit, pages)}",
         "positions mapped already": f"{hits:,} of {positions:,}{_share(hits, positions)}",
+        "positions mapped ahead": f"{figures.positions_ahead:,}",
         **{f"driver calls: {kind}": f"{count:,}" for kind, count in figures.driver_calls.items()},
     }
 

@@ -82,6 +82,7 @@ def _check_mappings(pool: VTensorPool, driver: DriverBase) -> None:
     states = sorted([*running, *rows._parked, *rows._empty])
     if states != list(range(1, rows.num_rows)):
         _require(False, "rows running", running, "parked", [*rows._parked], "empty", rows._empty)
+    _require(rows._unfinished.keys().isdisjoint(running), "mapped ahead", rows._unfinished, "and running", running)
     at_row, at_position = np.nonzero(rows.mapped)
     shown = rows.mapped[at_row, at_position].tolist()
     places = (at_row * rows.max_pages + at_position).tolist()

@@ -43,7 +43,11 @@ class PoolStats:
     pages_released: int
     rows_running: int
     rows_parked: int
+    rows_prepared: int
+    """How often a parked row came to show all of a prefix that a waiting request has."""
     mappings: int
+    mappings_ahead: int
+    """Made so far for requests that waited."""
     backed_bytes: int
     limit_pages: int
     limit_bytes: int
@@ -164,6 +168,21 @@ class VTensorPool:
             changed += self.rows.ensure(row, self.wanted[slot], start, stop)
             self.num_synced[slot] = stop
         return changed
+
+    def map_ahead(self, prefixes: Sequence[Sequence[int]], *, at_most: int) -> int:
+        """Map what requests that wait will find in the tree, with ``at_most`` driver calls; the first comes first.
+
+        It promises nothing: the tree may drop the pages, and another request may take the row. No page gets memory.
+
+        Returns how many positions of parked rows were mapped.
+
+        Raises:
+            OutOfMemory: the driver has no mapping left; without these the launch maps them.
+        """
+        wanted = [np.asarray(prefix, dtype=np.int32) for prefix in prefixes if prefix]
+        if any(self.pages.is_free[prefix].any() for prefix in wanted):
+            raise VTensorError("a free page is to be mapped ahead; please report this")
+        return self.rows.map_ahead(wanted, at_most)
 
     def count_changes(self, slots: npt.ArrayLike) -> int:
         """How many positions ``ensure`` would have to map now."""
@@ -359,7 +378,9 @@ class VTensorPool:
             pages_released=pages.num_released,
             rows_running=rows.num_running,
             rows_parked=rows.num_parked,
+            rows_prepared=rows.rows_prepared,
             mappings=rows.num_mappings,
+            mappings_ahead=rows.mappings_ahead,
             backed_bytes=pages.num_backed * self.layout.page_bytes,
             limit_pages=pages.limit_pages,
             limit_bytes=pages.limit_pages * self.layout.page_bytes,

@@ -10,6 +10,7 @@ What is approximated:
 - Decoding is recorded page by page. Between two of them each launch without a prefill adds a token to every request,
   up to the end of the recorded page: with smaller pages, the end of a request is known to one recorded page.
 - A page of the tree goes when a recorded page goes that it covers a part of: leaves go first, so that is its end.
+- Rows are mapped ahead for requests that wait in the steps in which they were, with as many driver calls.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from sgl_vtensor.core.replay import (
     real_layout,
     small_layout,
 )
-from sgl_vtensor.core.trace import Event, Header, Op, TraceReader
+from sgl_vtensor.core.trace import Event, Header, Op, TraceReader, split_prefixes
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.vmm.base import DriverBase
 from sgl_vtensor.vmm.null import NullDriver
@@ -149,6 +150,9 @@ class Projection:
             pool.shrink(self._scaled(args[0]), at_most=None if args[1] < 0 else self._scaled(args[1]))
         elif event.op == Op.UNMAP:
             pool.unmap_parked()
+        elif event.op == Op.AHEAD:
+            at_most, prefixes = split_prefixes(args)
+            self.figures.positions_ahead += pool.map_ahead([self._found(one) for one in prefixes], at_most=at_most)
         elif event.op == Op.FRESH:
             self._launches.zero(list(pool.take_fresh()))
         elif event.op == Op.LAUNCH:
@@ -190,7 +194,8 @@ class Projection:
     def _pages(self, slot: int, start: int) -> list[int]:
         return self.pool.pages_of(slot, start, int(self.pool.num_wanted[slot]))
 
-    def _open(self, slot: int, len_tokens: int, prefix: list[int]) -> None:
+    def _found(self, prefix: list[int]) -> list[int]:
+        """The tree's pages for what a recorded prefix holds."""
         found: list[int] = []
         num_tokens = len(prefix) * self.recorded_tokens
         while (len(found) + 1) * self.page_tokens <= num_tokens:
@@ -198,6 +203,10 @@ class Projection:
             if page is None:
                 break
             found.append(page)
+        return found
+
+    def _open(self, slot: int, len_tokens: int, prefix: list[int]) -> None:
+        found, num_tokens = self._found(prefix), len(prefix) * self.recorded_tokens
         self.pool.open(slot, found, len_tokens)
         self._requests[slot] = _Request(prefix, num_tokens, len(found), num_tokens)
         self.figures.requests += 1

@@ -16,7 +16,7 @@ from sgl_vtensor.core.checks import InvariantBroken, check_tables
 from sgl_vtensor.core.layout import KVLayout, plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.core.trace import CALLS, Event, Header, Op, Raised, TraceReader
+from sgl_vtensor.core.trace import CALLS, Event, Header, Op, Raised, TraceReader, split_prefixes
 from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory, VTensorError
 from sgl_vtensor.vmm.base import DriverBase
 from sgl_vtensor.vmm.host import HostDriver
@@ -41,6 +41,7 @@ class Figures:
         pages_computed: pages that requests were given for tokens of their own.
         positions_hit: positions of rows that showed the right page already when they were needed.
         positions_mapped: those that did not.
+        positions_ahead: positions of parked rows that were mapped for requests that waited.
         peak_pages_in_use: of requests and of cached prefixes, at most, at once.
         peak_pages_backed: pages with physical memory, the padding page left out.
         peak_mappings: of rows and homes together, that of the padding page included.
@@ -56,6 +57,7 @@ class Figures:
     pages_computed: int = 0
     positions_hit: int = 0
     positions_mapped: int = 0
+    positions_ahead: int = 0
     peak_pages_in_use: int = 0
     peak_pages_backed: int = 0
     peak_mappings: int = 0
@@ -295,6 +297,7 @@ class Replay:
             Op.RESET: self._reset,
             Op.SHUTDOWN: self._shutdown,
             Op.UNMAP: lambda event: self.pool.unmap_parked(),
+            Op.AHEAD: self._ahead,
         }
 
     def apply(self, event: Event) -> None:
@@ -375,6 +378,15 @@ class Replay:
         self.figures.positions_mapped += changed
         self.figures.positions_hit += positions - changed
         return changed
+
+    def _ahead(self, event: Event) -> int:
+        at_most, prefixes = split_prefixes(event.args)
+        for page in {page for prefix in prefixes for page in prefix}:
+            if self.owner.get(page) != TREE:
+                raise InvariantBroken(f"page {page} is mapped ahead, and it is not the tree's")
+        mapped = self.pool.map_ahead(prefixes, at_most=at_most)
+        self.figures.positions_ahead += mapped
+        return mapped
 
     def _adopt(self, event: Event) -> int:
         slot, start, *pages = event.args

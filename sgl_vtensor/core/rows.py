@@ -9,7 +9,7 @@ Row 0 belongs to padding: all its positions are mapped to page 0, for ever.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -26,6 +26,9 @@ WINDOW_BYTES_MAX = 100 << 40
 MAX_AGREEING = 8
 MAX_OLDEST = 4
 MAX_SCANNED = 256
+MAX_UNFINISHED = 4
+MAX_CALLS_A_MAPPING = 2
+"""What was mapped in its place goes first."""
 
 PageArray = npt.NDArray[np.int32]
 
@@ -55,6 +58,10 @@ class Rows:
         self._parked: OrderedDict[int, None] = OrderedDict()  # least recently parked first
         self._empty = list(range(num_rows - 1, PADDING_ROW, -1))
         self._duplicates: dict[int, dict[int, int]] = {}  # running row -> position -> fenced page it still reads
+        self._unfinished: dict[int, None] = {}  # not running; a prefix was mapped ahead in part, the newest last
+        self.mappings_ahead = 0
+        self.rows_prepared = 0
+        """How often a row came to show all of a prefix because the rest was mapped ahead."""
         self.num_mappings = 0
         self._closed = False
         try:
@@ -90,24 +97,48 @@ class Rows:
         A row is worth the positions that agree with the prefix, and those behind it that map a free page (which is
         then handed out first), less the mappings of live pages that taking it would destroy. An empty row is worth 0.
         """
-        row, worth = 0, 0 if self._empty else -(self.max_pages + 1)
-        for candidate in self._candidates(prefix):
-            value = self._worth(candidate, prefix, num_pages)
-            if value > worth:
-                row, worth = candidate, value
-        if row:
-            del self._parked[row]
-        elif self._empty:
-            row = self._empty.pop()
-        elif self._parked:
-            row = next(iter(self._parked))
-            del self._parked[row]
-        else:
+        row = self._best(prefix, num_pages) or next(iter(self._parked), 0)
+        if not row:
             raise VTensorError("all rows are running; there must be more rows than requests (please report this)")
+        self._take(row)
         # Its last tenant may still be read by a launch under way; nothing in it may change before that ends.
         if self._high[row] and self._last_epoch[row] > self.epochs.settled:
             self.epochs.settle(int(self._last_epoch[row]))
         return row
+
+    def map_ahead(self, prefixes: Sequence[PageArray], at_most: int) -> int:
+        """Map prefixes of requests that wait into parked rows, where ``acquire`` finds them; the first comes first.
+
+        Each goes into the row that ``acquire`` would take for it now, so that no mapping is lost that would be kept
+        otherwise; a row that shows all of one prefix is left to it. Nothing waits for a launch, and no other row gives
+        its mappings: where ``max_mappings`` is reached nothing is mapped.
+
+        Args:
+            prefixes: pages in use, one array a request, none of them empty.
+            at_most: driver calls.
+
+        Returns how many positions were mapped.
+
+        Raises:
+            OutOfMemory: the driver has no mapping left. What was mapped stays right.
+        """
+        kept: set[int] = set()
+        missing: list[PageArray] = []
+        for prefix in prefixes:
+            row = self._showing(prefix, kept)
+            if row:
+                kept.add(row)
+            else:
+                missing.append(prefix)
+        before = self.mappings_ahead
+        for prefix in missing:
+            if at_most < MAX_CALLS_A_MAPPING or self._is_full:
+                break
+            row = self._best(prefix, len(prefix), kept)
+            if row:
+                kept.add(row)
+                at_most -= self._prepare(row, prefix, at_most)
+        return self.mappings_ahead - before
 
     def hint(self, row: int, position: int) -> int:
         """The page that this position maps now, 0 for none: worth allocating if it is free."""
@@ -171,11 +202,8 @@ class Rows:
         for page in self._duplicates.pop(row, {}).values():
             # Its next content is written by a later launch, in stream order behind the last read.
             self.pages.unfence(page, epoch)
-        self._last_epoch[row] = epoch
-        if self._high[row]:
-            self._parked[row] = None
-        else:
-            self._empty.append(row)
+        self._last_epoch[row] = epoch if self._high[row] else 0  # where nothing is shown nothing is read
+        self._park(row)
 
     def forget(self, page: int) -> None:
         """Unmap a free page everywhere, so that its memory can be released. Its last launch must have settled."""
@@ -246,11 +274,75 @@ class Rows:
         self.driver.free_reservation(self.window_base, self.window_bytes)
         self._closed = True
 
-    def _candidates(self, prefix: PageArray) -> list[int]:
-        oldest = [row for row in islice(self._parked, MAX_OLDEST) if self._last_epoch[row] <= self.epochs.settled]
-        return self._agreeing(prefix) + oldest
+    def _take(self, row: int) -> None:
+        """Take what ``_best`` has found, or any parked row."""
+        self._unfinished.pop(row, None)
+        if row in self._parked:
+            del self._parked[row]
+        else:
+            self._empty.pop()
 
-    def _agreeing(self, prefix: PageArray) -> list[int]:
+    def _park(self, row: int) -> None:
+        if self._high[row]:
+            self._parked[row] = None
+        else:
+            self._empty.append(row)
+
+    def _prepare(self, row: int, prefix: PageArray, at_most: int) -> int:
+        """Map the first positions that differ, as far as so many driver calls go; returns how many were made."""
+        differs = np.flatnonzero(self.mapped[row, : len(prefix)] != prefix)
+        if not differs.size:
+            return 0
+        self._take(row)
+        calls_left = at_most
+        try:
+            for position in differs.tolist():
+                shows = bool(self.mapped[row, position])
+                if calls_left < 1 + shows or self._is_full:
+                    break
+                if shows:
+                    self._unmap(row, position)
+                self._map_once(row, position, int(prefix[position]))
+                calls_left -= 1 + shows
+                self.mappings_ahead += 1
+            else:
+                self.rows_prepared += 1
+        finally:
+            self._park(row)
+            if not np.array_equal(self.mapped[row, : len(prefix)], prefix):
+                self._unfinished[row] = None
+                if len(self._unfinished) > MAX_UNFINISHED:
+                    del self._unfinished[next(iter(self._unfinished))]
+        return at_most - calls_left
+
+    def _showing(self, prefix: PageArray, kept: Collection[int]) -> int:
+        """The row that shows all of ``prefix`` and is worth most, if worth more than an empty one; 0: none."""
+        best, worth = 0, 0
+        for row in self._parked_at(int(prefix[-1]), len(prefix) - 1, kept):
+            value = self._worth(row, prefix, len(prefix))
+            if value > worth and np.array_equal(self.mapped[row, : len(prefix)], prefix):
+                best, worth = row, value
+        return best
+
+    def _best(self, prefix: PageArray, num_pages: int, kept: Collection[int] = ()) -> int:
+        """The row that ``acquire`` takes without a wait, except for those ``kept``; 0: none."""
+        row, worth = (self._empty[-1], 0) if self._empty else (0, -(self.max_pages + 1))
+        for candidate in self._candidates(prefix, kept):
+            value = self._worth(candidate, prefix, num_pages)
+            if value > worth:
+                row, worth = candidate, value
+        return row
+
+    def _candidates(self, prefix: PageArray, kept: Collection[int]) -> list[int]:
+        # What is mapped ahead in part must be found again: rows that agree longer may be worth less.
+        more = [*islice(self._parked, MAX_OLDEST), *self._unfinished]
+        return self._agreeing(prefix, kept) + [row for row in more if row in self._parked and self._is_ready(row, kept)]
+
+    def _is_ready(self, row: int, kept: Collection[int]) -> bool:
+        """Whether a parked row is read by no launch and not among those ``kept``."""
+        return bool(self._last_epoch[row] <= self.epochs.settled) and row not in kept
+
+    def _agreeing(self, prefix: PageArray, kept: Collection[int]) -> list[int]:
         """Parked rows that map the longest possible beginning of ``prefix``, by bisection.
 
         A page of the tree stands behind one path only, so a row that maps it there has mapped what precedes it.
@@ -259,18 +351,18 @@ class Rows:
         low, high = 0, len(prefix)
         while low < high:
             middle = (low + high) // 2
-            rows = self._parked_at(int(prefix[middle]), middle)
+            rows = self._parked_at(int(prefix[middle]), middle, kept)
             if rows:
                 found, low = rows, middle + 1
             else:
                 high = middle
         return found
 
-    def _parked_at(self, page: int, position: int) -> list[int]:
+    def _parked_at(self, page: int, position: int, kept: Collection[int]) -> list[int]:
         rows = []
         for place in islice(self._mappers.get(page, ()), MAX_SCANNED):
             row, at = divmod(place, self.max_pages)
-            if at == position and row in self._parked and self._last_epoch[row] <= self.epochs.settled:
+            if at == position and row in self._parked and self._is_ready(row, kept):
                 rows.append(row)
                 if len(rows) == MAX_AGREEING:
                     break
@@ -287,6 +379,10 @@ class Rows:
         live = np.count_nonzero(tail) - np.count_nonzero(free)
         return agreeing + int(np.count_nonzero(reusable)) - int(live)
 
+    @property
+    def _is_full(self) -> bool:
+        return self.max_mappings is not None and self.num_mappings >= self.max_mappings
+
     def _make_room(self, num_mappings: int) -> None:
         if self.max_mappings is None:
             return
@@ -295,17 +391,18 @@ class Rows:
             self.unmap_parked(surplus)
 
     def _map(self, row: int, position: int, page: int) -> None:
-        address, handle = self.address(row, position), self.pages.handle(page)
         while True:
             try:
-                self.driver.map(address, handle, self.page_bytes, writable=False)
-                break
+                return self._map_once(row, position, page)
             except OutOfMemory:
                 if self.unmap_parked(1):
                     continue
                 if self.epochs.settled == self.epochs.launched:
                     raise
                 self.epochs.settle(self.epochs.launched)  # rows that retired since then give theirs, too
+
+    def _map_once(self, row: int, position: int, page: int) -> None:
+        self.driver.map(self.address(row, position), self.pages.handle(page), self.page_bytes, writable=False)
         self.num_mappings += 1
         if row == PADDING_ROW:
             return

@@ -66,6 +66,7 @@ class Op(IntEnum):
     RESET = 14
     SHUTDOWN = 15
     UNMAP = 16  # outcome: mappings of parked rows that are gone
+    AHEAD = 17  # driver calls at most, then each prefix: how many pages, pages...; outcome: positions mapped
 
 
 class Raised(IntEnum):
@@ -155,6 +156,17 @@ class Event:
         shown = ", ".join(map(str, self.args[:12])) + (", ..." if len(self.args) > 12 else "")
         outcome = Raised(self.outcome).name if self.outcome < 0 else self.outcome
         return f"event {self.number}, {self.op.name} [{shown}] -> {outcome}"
+
+
+def split_prefixes(args: list[int]) -> tuple[int, list[list[int]]]:
+    """Of an ``AHEAD`` event: driver calls at most, and the prefixes."""
+    at_most, *rest = args
+    prefixes = []
+    while rest:
+        count = rest[0]
+        prefixes.append(rest[1 : 1 + count])
+        rest = rest[1 + count :]
+    return at_most, prefixes
 
 
 # Writing.
@@ -381,6 +393,14 @@ class RecordedPool(VTensorPool):
             changed = scope.outcome = super().ensure(behind)
         return changed
 
+    def map_ahead(self, prefixes: Sequence[Sequence[int]], *, at_most: int) -> int:
+        args = [at_most]
+        for prefix in prefixes:
+            args += (len(prefix), *prefix)
+        with _Scope(self, Op.AHEAD, args) as scope:
+            mapped = scope.outcome = super().map_ahead(prefixes, at_most=at_most)
+        return mapped
+
     def adopt(self, slot: int, start: int, pages: Sequence[int]) -> list[int]:
         with _Scope(self, Op.ADOPT, [slot, start, *pages]) as scope:
             changed = super().adopt(slot, start, pages)
@@ -466,6 +486,8 @@ class RecordedPool(VTensorPool):
         if self._depth:
             return
         tap = self._tap
+        if op == Op.AHEAD and outcome == 0 and not any(tap.counts):
+            return  # nothing has changed
         if tap.free_bytes or any(tap.counts):
             margin, page_bytes = self.pages.margin_bytes, self.layout.page_bytes
             free = [-1 if one is None else max(0, one - margin) // page_bytes for one in tap.free_bytes]

@@ -94,6 +94,12 @@ HOOKS: tuple[Hook, ...] = (
         "the same for embedding models",
     ),
     Hook(
+        f"{SCHEDULER}.run_batch",
+        HookType.AFTER,
+        runtime.map_waiting,
+        "behind a launch, with the queue at hand: prefixes of requests that wait are mapped ahead",
+    ),
+    Hook(
         f"{SCHEDULER}.on_idle",
         HookType.BEFORE,
         runtime.on_idle,

@@ -24,6 +24,7 @@ GAUGES: dict[str, str] = {
 COUNTERS: dict[str, str] = {
     "pages_created": "Pages that were given physical memory.",
     "pages_released": "Pages given back to the device.",
+    "mappings_ahead": "Mappings made for requests that waited.",
     "tokens_hit": "Tokens of prompts that were found in the cache.",
     "tokens_computed": "Tokens of prompts that were not.",
     "tokens_copied": "Cached tokens that were copied into a request's own page.",

@@ -225,6 +225,30 @@ class VTensorRadixCache(RadixCache):
         """Page ids of the prefix that a request has been granted; the last is copied from if only in part its."""
         return self.path_pages(req.last_node)[: -(-req.prefix_len // self.page_size)]
 
+    def known_pages(self, req: Any) -> list[int]:
+        """Page ids of the whole pages that a waiting request would be granted now.
+
+        It only looks: nothing is used by it, split, or locked.
+        """
+        if self.disable or req.positional_embed_overrides is not None:
+            return []
+        token_ids = req.origin_input_ids + req.output_ids
+        limit = req._compute_max_prefix_len(len(token_ids))
+        key = RadixKey(token_ids, req.extra_key, limit=limit, cache_salt=req.cache_salt)
+        node, depth = self.root_node, 0
+        pages: list[int] = []
+        while depth + self.page_size <= len(key):
+            child = node.children.get(key.child_key_at(depth, self.page_size))
+            if child is None:
+                break
+            matched = child.key.match_at(key, depth, page_size=self.page_size)
+            pages += child.value.pages[: matched // self.page_size]
+            depth += matched
+            if matched < len(child.key):
+                break
+            node = child
+        return pages
+
     def path_device_indices(self, node: TreeNode) -> torch.Tensor:
         runs = self._path(node)
         for run in runs:

@@ -7,7 +7,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ METRICS_SECONDS = 1.0
 MAX_WAITS_KEPT = 10_000
 MAX_MAPPINGS_AHEAD = 8
 """Mappings that a prefill waits for; where its rows lack more, it is read at its homes."""
+MAX_WAITING = 8
+"""Requests at the head of the queue whose prefixes are mapped ahead."""
+CALLS_A_LAUNCH = 16
+TOKENS_A_CALL = 64
+"""What is mapped ahead for them behind one launch: so many driver calls, about a millisecond, and one more for so many
+tokens of a prefill, which computes for much longer than that."""
 
 
 class Runtime:
@@ -182,7 +188,7 @@ class Runtime:
         self.policy.launched()
         if self.config.unmap_rows:
             self.pool.unmap_parked()
-        if self.can_read_homes and not (self.extend_reads_homes and self.decode_reads_homes):
+        if self.can_read_homes and self._reads_rows:
             self._map_ahead(batch)
 
     def _map_ahead(self, batch: Any) -> None:
@@ -191,6 +197,25 @@ class Runtime:
             self._map(batch.req_pool_indices_cpu.numpy())
         elif batch.chunked_req is not None and batch.chunked_req.kv.holds_kv:
             self._map([batch.chunked_req.kv.req_pool_idx])
+
+    @property
+    def _reads_rows(self) -> bool:
+        """Whether any launch may."""
+        return not (self.can_read_homes and self.extend_reads_homes and self.decode_reads_homes)
+
+    def map_waiting(self, requests: Sequence[Any], tree_cache: Any, batch: Any) -> None:
+        """Map the prefixes of requests that wait, behind the launch of ``batch``: the CPU waits for the GPU next.
+
+        What is mapped depends on the queue, the tree and the books, which are the same on all ranks, and on no clock.
+        """
+        if not requests or not self._reads_rows or self.config.unmap_rows:
+            return
+        prefixes = [tree_cache.known_pages(req) for req in requests[:MAX_WAITING]]
+        at_most = CALLS_A_LAUNCH + (batch.extend_num_tokens or 0) // TOKENS_A_CALL
+        try:
+            self.pool.map_ahead(prefixes, at_most=at_most)
+        except OutOfMemory as error:
+            logger.debug("nothing more is mapped ahead: %s", error)
 
     def idle(self, tree_cache: Any, now: float) -> None:
         """No batch is in flight. ``now``: seconds of ``time.monotonic``."""
@@ -393,6 +418,13 @@ def forward_batch(original: Callable[..., Any], worker: Any, batch: Any, *args: 
         return original(worker, batch, *args, **kwargs)
     finally:
         runtime.end_launch(batch)
+
+
+def map_waiting(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Hook, behind a launch."""
+    runtime = runtime_of(scheduler.tp_worker.model_runner)
+    if runtime is not None:
+        runtime.map_waiting(scheduler.waiting_queue, scheduler.tree_cache, batch)
 
 
 def on_idle(scheduler: Any) -> None:

@@ -115,6 +115,16 @@ class Tree:
             node.used_at = self._clock
         return node
 
+    def peek(self, tokens: Sequence[int]) -> list[int]:
+        """The pages that ``match`` would find, untouched."""
+        node, pages = self.root, []
+        for key in self._keys(tokens):
+            if key not in node.children:
+                break
+            node = node.children[key]
+            pages.append(node.page)
+        return pages
+
     def closest(self, node: Node, rest: Sequence[int]) -> tuple[Node, int]:
         """The page behind ``node`` that begins most like ``rest``, and how many tokens they share."""
         best, most = node, 0
@@ -311,6 +321,7 @@ class Server:
         self.dice = random.Random(seed)
         self.world = world = World.draw(self.dice)
         self.clock = random.Random(f"{seed}/{timing}")
+        self.ahead = random.Random(f"{seed}/ahead")
         self.eagerness = self.clock.choice((0.0, 0.1, 0.5))
         self.driver = HostDriver(capacity_bytes=1 << 30)
         layout = plan_layout(
@@ -382,6 +393,7 @@ class Server:
             self._squeeze()
         parts = self._next_batch()
         kernel = self._launch(parts) if parts else None
+        self._map_ahead()
         self._tick()
         if self.arriving:
             self._squeeze()
@@ -656,6 +668,22 @@ class Server:
     def _map(self, slots: npt.NDArray[np.int32]) -> None:
         if self.pool.ensure(slots):
             self._check_mapping_limit()
+
+    def _map_ahead(self) -> None:
+        """Behind the launch, for requests that wait: no page is touched, nobody waits, and no more calls are made."""
+        pool, dice = self.pool, self.ahead
+        if dice.random() < 0.4:
+            return
+        prefixes = [self.tree.peek(request.tokens[:-1]) for request in self.waiting[: dice.randint(1, 4)]]
+        at_most = dice.choice((1, 2, 3, 8, 30))
+        calls, settled, backed = self.driver.calls.copy(), pool.epochs.settled, pool.pages.num_backed
+        mapped = pool.map_ahead(prefixes, at_most=at_most)
+        made = sum(self.driver.calls.values()) - sum(calls.values())
+        assert mapped <= made <= at_most, f"{mapped} positions were mapped ahead in {made} calls, {at_most} at most"
+        assert (pool.epochs.settled, pool.pages.num_backed) == (settled, backed), "more was done than to map"
+        limit = pool.rows.max_mappings
+        assert not mapped or limit is None or pool.rows.num_mappings <= limit, "over the limit of mappings"
+        self.seen["mapped ahead"] += mapped
 
     def _copy_for(self, part: Part) -> tuple[int, int, int] | None:
         """Where a request begins inside a page: that page's beginning, into its own page."""

@@ -60,6 +60,9 @@ class Story:
         pool.drain(in_flight=0)
         self.request(2, [], [21, 22, 23, 24, 25])  # takes a row that maps other pages, over the limit of mappings
         self.take(lambda: pool.shrink(0))
+        pool.rows.max_mappings = None
+        for waiting in (pool.pages_of(2, 0, 2), self.tree):  # the second in place of the first
+            self.take(lambda waiting=waiting: pool.map_ahead([waiting], at_most=4))  # type: ignore[misc]
         self.request(1, self.tree, [1, 2, 3, 4, 5, 6, 7, 8, 31])
         assert read_tokens(pool, 3, 13) == [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15]
         pool.reset()

@@ -195,6 +195,11 @@ def rows_are_parked_in_use(patch: Patch) -> None:
     patch.setattr(Rows, "unmap_parked", unmap_parked)
 
 
+def mapping_ahead_overtakes_launches(patch: Patch) -> None:
+    """Unmap before completion: a waiting request's prefix is mapped into a row that a launch still reads."""
+    patch.setattr(Rows, "_is_ready", lambda self, row, kept: row not in kept)
+
+
 def reset_forgets_the_fenced(patch: Patch) -> None:
     """Leak at flush: pages in use are not freed."""
 
@@ -258,6 +263,7 @@ MUTATIONS: list[Callable[[Patch], None]] = [
     zeroing_is_no_use,
     parked_mappings_are_ownership,
     rows_are_parked_in_use,
+    mapping_ahead_overtakes_launches,
     reset_forgets_the_fenced,
     padding_is_handed_out,
     mappers_are_forgotten,

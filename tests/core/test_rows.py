@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sgl_vtensor.core.pages import PADDING_PAGE
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import PADDING_ROW, Rows
-from sgl_vtensor.errors import VTensorError
+from sgl_vtensor.errors import OutOfMemory, VTensorError
+from sgl_vtensor.vmm.faults import Fault, FaultyDriver
 from sgl_vtensor.vmm.host import HostDriver
-from tests.core.conftest import MakePool, ManualFence, end_request, read_tokens, start_request, write_tokens
+from tests.core.conftest import (
+    PAGE_TOKENS,
+    MakePool,
+    ManualFence,
+    end_request,
+    read_tokens,
+    small_pool,
+    start_request,
+    write_tokens,
+)
 
 
 def array(*pages: int) -> np.ndarray:
@@ -176,6 +188,160 @@ def test_duplicates_are_left_alone_until_launches_end(pool: VTensorPool) -> None
     pool.drain(in_flight=0)
     assert pool.rows.release_duplicates({row: pool.wanted[1]}) == 1
     assert pool.rows.hint(row, 0) == kept[0] and not pool.pages.fenced
+
+
+# Mapping ahead for requests that wait.
+
+
+def num_calls(pool: VTensorPool) -> int:
+    return sum(pool.driver.calls.values())
+
+
+def cost_of(pool: VTensorPool, slot: int, prefix: list[int]) -> int:
+    """Driver calls until a new request sees its prefix."""
+    before = num_calls(pool)
+    pool.open(slot, prefix, len(prefix) * PAGE_TOKENS)
+    pool.ensure([slot])
+    return num_calls(pool) - before
+
+
+def test_a_prefix_that_was_mapped_ahead_costs_its_request_no_driver_call(pool: VTensorPool) -> None:
+    _, pages = parked_row(pool, 1, [], 20)
+    pool.rows.unmap_parked(100)
+    assert pool.map_ahead([pages], at_most=100) == 5
+    assert (pool.rows.mappings_ahead, pool.rows.rows_prepared) == (5, 1)
+    assert pool.map_ahead([pages], at_most=100) == 0
+    assert cost_of(pool, 2, pages) == 0
+
+
+def test_a_row_is_prepared_in_steps_although_another_agrees_longer(make_pool: MakePool) -> None:
+    """Each step goes on where the last one ended. The row that agreed longest at first shows too much that is alive."""
+    pool = make_pool(num_pages=40, num_slots=1, num_rows=10)
+    system = pool.pages.take_many(2)
+    chat, _ = parked_row(pool, 1, system, 24)
+    others = [parked_row(pool, 1, [], 4)[0] for _ in range(8)]
+    assert not pool.rows._empty
+    wanted = [*system, *pool.pages.take_many(4)]
+    before = pool.rows.mapped.copy()
+    assert [pool.map_ahead([wanted], at_most=2) for _ in range(5)] == [1, 2, 2, 1, 0]
+    changed = np.flatnonzero((pool.rows.mapped != before).any(axis=1)).tolist()
+    assert changed == [others[0]] and chat not in changed
+    assert cost_of(pool, 1, wanted) == 0
+
+
+def test_a_row_in_part_mapped_ahead_is_taken(make_pool: MakePool) -> None:
+    """Also where another agrees longer, and shows too much that is alive."""
+    pool = make_pool(num_pages=40, num_slots=1, num_rows=10, max_len=40)
+    system = pool.pages.take_many(3)
+    parked_row(pool, 1, system, 40)
+    row, *_ = [parked_row(pool, 1, [], 4)[0] for _ in range(8)]
+    wanted = [*system, *pool.pages.take_many(3)]
+    assert pool.map_ahead([wanted], at_most=3) == 2
+    assert pool.rows.acquire(array(*wanted), 6) == row
+
+
+def test_requests_with_one_prefix_get_a_row_each(pool: VTensorPool) -> None:
+    _, pages = parked_row(pool, 1, [], 12)
+    assert pool.map_ahead([pages] * 4, at_most=100) == 9
+    assert [cost_of(pool, slot, pages) for slot in (1, 2, 3, 4)] == [0, 0, 0, 0]
+
+
+def test_a_row_that_shows_one_prefix_is_not_taken_for_another(make_pool: MakePool) -> None:
+    """Also where the other request is the first in the queue, and no other row is left."""
+    pool = make_pool(num_slots=1, num_rows=2)
+    row, pages = parked_row(pool, 1, [], 12)
+    other = pool.pages.take_many(4)
+    assert pool.map_ahead([other, pages], at_most=100) == 0
+    assert pool.map_ahead([other], at_most=100) == 4
+    assert pool.map_ahead([other, pages], at_most=100) == 0
+    assert pool.rows.mapped[row, :4].tolist() == other
+
+
+def test_a_row_that_would_not_be_taken_is_no_preparation(pool: VTensorPool) -> None:
+    """It shows the prefix, and more of a live chat than that: an empty row is taken, so an empty row is prepared."""
+    chat, pages = parked_row(pool, 1, [], 24)
+    assert pool.map_ahead([pages[:2]], at_most=100) == 2
+    assert cost_of(pool, 1, pages[:2]) == 0
+    assert pool.rows.mapped[chat].tolist() == pages
+
+
+def test_mapping_ahead_leaves_rows_under_a_launch_alone_and_does_not_wait(make_pool: MakePool) -> None:
+    pool = make_pool(num_slots=1, num_rows=2)
+    row, _ = parked_row(pool, 1, [], 12)
+    pool.rows.acquire(array(), 1)
+    fence = ManualFence()
+    pool.launch(fence)
+    pool.rows.retire(row)
+    wanted = pool.pages.take_many(3)
+    assert pool.map_ahead([wanted], at_most=100) == 0
+    pool.drain(in_flight=0)
+    waited = fence.waited
+    assert pool.map_ahead([wanted], at_most=100) == 3
+    assert fence.waited == waited
+
+
+def test_a_row_that_showed_nothing_is_ready_at_once(make_pool: MakePool) -> None:
+    """A launch that read the homes does not hold it."""
+    pool = make_pool(num_slots=1, num_rows=2)
+    pages = pool.pages.take_many(3)
+    pool.open(1, pages, 12)
+    pool.launch(ManualFence())
+    pool.close(1)
+    assert [pool.map_ahead([pages], at_most=2) for _ in range(3)] == [2, 1, 0]
+
+
+def test_mapping_ahead_takes_no_mapping_from_others(make_pool: MakePool) -> None:
+    pool = make_pool(max_mappings=6 + 6)
+    row, pages = parked_row(pool, 1, [], 16)
+    wanted = pool.pages.take_many(5)
+    assert pool.map_ahead([wanted], at_most=100) == 2
+    assert pool.map_ahead([wanted], at_most=100) == 0
+    assert pool.rows.mapped[row, :4].tolist() == pages
+
+
+def test_a_mapping_that_is_refused_ahead_leaves_the_row_parked(driver: HostDriver) -> None:
+    faulty = FaultyDriver(driver)
+    pool = small_pool(faulty, num_slots=1, num_rows=2)
+    row, _ = parked_row(pool, 1, [], 12)
+    wanted = pool.pages.take_many(3)
+    second = faulty.attempts["map"] + 2
+    faulty.plan.append(Fault("map", lambda call: call.number == second, OutOfMemory))
+    with pytest.raises(OutOfMemory):
+        pool.map_ahead([wanted], at_most=100)
+    assert pool.rows.num_parked == 1
+    faulty.plan.clear()
+    assert pool.map_ahead([wanted], at_most=100) > 0
+    assert pool.rows.acquire(array(*wanted), 3) == row
+
+
+def test_pages_that_nobody_has_are_not_mapped_ahead(pool: VTensorPool) -> None:
+    _, pages = parked_row(pool, 1, [], 8)
+    pool.free(pages[1:])
+    with pytest.raises(VTensorError, match="a free page"):
+        pool.map_ahead([pages], at_most=100)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.data(), spare_rows=st.integers(0, 6), at_most=st.integers(2, 9))
+def test_mapping_ahead_comes_to_rest_and_serves_the_first(data: st.DataObject, spare_rows: int, at_most: int) -> None:
+    """Whatever rows show, and whichever beginnings the waiting requests share: no two of them take a row from each
+    other for ever, and the request that is admitted next waits for nothing."""
+    with HostDriver(capacity_bytes=1 << 24) as driver:
+        pool = small_pool(driver, num_pages=80, num_slots=3, num_rows=4 + spare_rows)
+        chains: list[list[int]] = [[]]
+        for _ in range(data.draw(st.integers(1, 8))):
+            beginning = data.draw(st.sampled_from(chains))
+            beginning = beginning[: data.draw(st.integers(0, min(len(beginning), 5)))]
+            length = data.draw(st.integers(len(beginning) + 1, 6))
+            _, pages = parked_row(pool, 1, beginning, length * PAGE_TOKENS)
+            chains.append(pages)
+        waiting = data.draw(st.lists(st.sampled_from(chains[1:]), min_size=1, max_size=3))
+        waiting = [chain[: data.draw(st.integers(1, len(chain)))] for chain in waiting]
+        before = num_calls(pool)
+        while pool.map_ahead(waiting, at_most=at_most):
+            assert num_calls(pool) - before <= 4 * sum(map(len, waiting)), "rows are mapped to and fro"
+        assert cost_of(pool, 1, waiting[0]) == 0
+        pool.shutdown()
 
 
 def test_close_leaves_no_mapping(pool: VTensorPool, driver: HostDriver) -> None:

@@ -27,7 +27,7 @@ def test_every_kernel_reads_what_its_requests_computed(first: int) -> None:
     for seed in range(first, first + CHUNK):
         seen += simulate(seed, NUM_STEPS).seen
     events = ("abort", "chunked abort", "copied tokens", "duplicates", "evicted pages", "finish", "flush", "hit pages")
-    for event in (*events, "launch at homes", "retract"):
+    for event in (*events, "launch at homes", "mapped ahead", "retract"):
         assert seen[event] > 10, f"{event} hardly happens: {seen}"
 
 

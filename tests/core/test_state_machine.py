@@ -124,6 +124,20 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.is_synced(asked)
         seen["mapped pages"] += expected
 
+    @precondition(lambda self: bool(self.tree))
+    @rule(data=st.data(), at_most=st.integers(0, 9))
+    def map_ahead(self, data: st.DataObject, at_most: int) -> None:
+        """Beginnings that waiting requests share with the tree. Nobody waits for it, and memory stays as it is."""
+        begins = st.integers(1, min(len(self.tree), self.pool.rows.max_pages))
+        prefixes = [list(self.tree)[:stop] for stop in data.draw(st.lists(begins, min_size=1, max_size=3))]
+        before, settled = sum(self.driver.calls.values()), self.pool.epochs.settled
+        full, backed = self.pool.rows.num_mappings >= 12, self.pool.pages.num_backed
+        mapped = self.pool.map_ahead(prefixes, at_most=at_most)
+        assert mapped <= sum(self.driver.calls.values()) - before <= at_most
+        assert (self.pool.epochs.settled, self.pool.pages.num_backed) == (settled, backed)
+        assert not (mapped and full and self.pool.rows.max_mappings)
+        seen["mapped ahead"] += mapped
+
     @precondition(is_open)
     @rule(pick=picks)
     def checkpoint(self, pick: int) -> None:
@@ -269,7 +283,8 @@ def test_any_order_of_calls_deep() -> None:
     run(max_examples=4000, stateful_step_count=80)
     happened = seen - before
     assert happened["steps"] >= 200_000
-    for event in ("hit pages", "dedup pages", "retract", "evicted pages", "released pages", "tokens read"):
+    events = ("hit pages", "dedup pages", "retract", "evicted pages", "released pages", "tokens read")
+    for event in (*events, "mapped ahead"):
         assert happened[event] > 200, f"{event} hardly happens: {happened}"
 
 

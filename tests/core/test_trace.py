@@ -83,6 +83,8 @@ def tables_of(pool: VTensorPool) -> dict[str, Any]:
         "mapped": rows.mapped.tolist(),
         "parked": list(rows._parked),
         "empty": rows._empty,
+        "unfinished": list(rows._unfinished),
+        "ahead": (rows.mappings_ahead, rows.rows_prepared),
         "duplicates": {row: found for row, found in rows._duplicates.items() if found},
         "free_backed": list(pages._free_backed.items()),
         "free_unbacked": pages._free_unbacked,
@@ -323,6 +325,7 @@ def _live(pool: RecordedPool) -> None:
     for slot in (1, 2):
         pool.free(pool.pages_of(slot, 2, 3))
         pool.close(slot)
+    again(lambda: pool.map_ahead([kept] * 3, at_most=8))
     pool.free(kept)
     again(lambda: pool.shrink(2))
     pool.open(1, [], 24)
@@ -407,6 +410,23 @@ def test_rows_that_are_unmapped_when_their_request_ends(path: Path) -> None:
         assert result.figures.positions_hit == 0 and result.figures.positions_mapped in (12, 20)
 
 
+def test_rows_that_are_mapped_ahead(path: Path) -> None:
+    """Each step that maps something is an event; the request that waited finds its prefix in place."""
+    with Recorded(path) as pool:
+        pages = start_request(pool, 1, [], 16)
+        pool.adopt(1, 0, pages[:3])
+        assert [pool.map_ahead([[], pages[:3]], at_most=2) for _ in range(5)] == [2, 1, 0, 0, 0]
+        start_request(pool, 2, pages[:3], 16)
+    assert sum(event.op == Op.AHEAD for event in TraceReader(path).events()) == 2
+    result = replay(TraceReader(path), check_every=1)
+    assert result.broken is None, result.broken
+    figures = result.figures
+    assert (figures.positions_ahead, figures.positions_hit, figures.positions_mapped) == (3, 3, 5)
+    other = project(TraceReader(path), page_tokens=2, check_every=1)
+    assert other.broken is None, other.broken
+    assert (other.figures.positions_ahead, other.figures.positions_hit) == (4, 4), "twice two calls of six"
+
+
 # Bugs.
 
 
@@ -477,6 +497,15 @@ def test_a_leak_is_found_where_the_slot_is_closed(path: Path) -> None:
         pool.close(1)
     broken = replay(TraceReader(path)).broken
     assert broken is not None and broken.event.op == Op.CLOSE and f"its pages [{pages[2]}] are neither" in broken.what
+
+
+def test_only_pages_of_the_tree_are_mapped_ahead(path: Path) -> None:
+    """A request's own are written while they would be waited for."""
+    with Recorded(path) as pool:
+        pages = start_request(pool, 1, [], 9)
+        pool.map_ahead([pages[:1]], at_most=8)
+    broken = replay(TraceReader(path)).broken
+    assert broken is not None and broken.event.op == Op.AHEAD and "it is not the tree's" in broken.what
 
 
 def test_another_decision_than_the_recorded_one_is_found(path: Path) -> None:

@@ -31,6 +31,7 @@ PARAMETERS = {
     "allocation.alloc_for_decode": ["batch"],
     "TpModelWorker.forward_batch_generation": ["self", "batch"],
     "TpModelWorker.forward_batch_embedding": ["self", "batch"],
+    "Scheduler.run_batch": ["self", "batch"],
     "Scheduler.on_idle": ["self"],
     "Scheduler._poll_timeout_aborts": ["self"],
     "Scheduler.process_input_requests": ["self", "recv_reqs"],

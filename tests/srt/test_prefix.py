@@ -201,7 +201,7 @@ class Served:
         self.written = np.full((NUM_PAGES + 1, PAGE_TOKENS), NO_TOKEN)
         self.table = np.zeros((NUM_SLOTS + 1, MAX_LEN), dtype=np.int64)
         allocator: Any = VTensorAllocator.__new__(VTensorAllocator)
-        allocator.device, allocator._pool = "cpu", self.pool
+        allocator.device, allocator.size, allocator._pool = "cpu", NUM_PAGES * PAGE_TOKENS, self.pool
         table: Any = SimpleNamespace(write=self.table.__setitem__)
         self.cache = cache_class(CacheInitParams(False, table, allocator, PAGE_TOKENS, eviction_policy=policy))
         self.running: list[Request] = []
@@ -429,3 +429,55 @@ def test_a_hit_inside_the_first_page_counts_as_a_use(served: Served) -> None:
     assert served.hits[-1] == 2
     served.end(served.running[0], keep=False)
     assert served.cache.old_pages(middle, 10) == 0
+
+
+def waiting(tokens: list[int], **more: Any) -> Any:
+    """A request in SGLang's queue."""
+    given: dict[str, Any] = {"output_ids": array("q"), "extra_key": None, "cache_salt": None}
+    given |= {"positional_embed_overrides": None, "_compute_max_prefix_len": lambda length: length - 1}
+    return SimpleNamespace(origin_input_ids=array("q", tokens), **given | more)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_waiting_request_will_be_granted_is_known_without_touching_the_tree(seed: int) -> None:
+    dice = random.Random(seed)
+    tree = Tree()
+    told: list[list[int]] = [[]]
+    found = 0
+
+    def state() -> list[Any]:
+        return [(node.id, node.last_access_time, node.lock_ref, list(node.children)) for node in tree.nodes()]
+
+    for _ in range(200):
+        beginning = dice.choice(told)
+        tokens = beginning[: dice.randrange(len(beginning) + 1)] + [
+            dice.randrange(3) for _ in range(dice.randrange(20))
+        ]
+        tokens = tokens or [0]
+        before = state()
+        known = tree.cache.known_pages(waiting(tokens))
+        assert state() == before
+        node = tree.match(tokens[:-1])  # which splits it where the match ends, or where a page is copied
+        assert known == tree.cache.path_pages(node)[: len(known)]
+        granted = tree.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens), limit=len(tokens) - 1)))
+        assert len(known) == granted.device_prefix_len // PAGE_TOKENS
+        found += len(known)
+        whole = tokens[: len(tokens) // PAGE_TOKENS * PAGE_TOKENS]
+        if whole:
+            told.append(whole)
+            tree.insert(whole)
+        if dice.random() < 0.1:
+            tree.cache.evict(EvictParams(num_tokens=8))
+    assert found > 100
+
+
+def test_namespaces_and_what_was_generated_count_for_a_waiting_request() -> None:
+    """A request that was retracted has its answer so far, too; another namespace has other pages."""
+    tree = Tree()
+    tree.insert(list(range(12)))
+    assert tree.cache.known_pages(waiting(list(range(6)), output_ids=array("q", range(6, 13)))) == [0, 1, 2]
+    assert tree.cache.known_pages(waiting(list(range(12)))) == [0, 1], "the last token is computed"
+    for other in ({"extra_key": "x"}, {"cache_salt": "x"}, {"positional_embed_overrides": object()}):
+        assert tree.cache.known_pages(waiting(list(range(13)), **other)) == []
+    tree.cache.disable = True
+    assert tree.cache.known_pages(waiting(list(range(13)))) == []

@@ -14,10 +14,18 @@ from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
-from sgl_vtensor.errors import ConfigError, OutOfMemory
+from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory
 from sgl_vtensor.srt.allocator import PageCopy
 from sgl_vtensor.srt.memory import MemoryPolicy
-from sgl_vtensor.srt.runtime import MAX_MAPPINGS_AHEAD, MAX_VIEWS, Runtime, _max_mappings, _num_rows
+from sgl_vtensor.srt.runtime import (
+    CALLS_A_LAUNCH,
+    MAX_MAPPINGS_AHEAD,
+    MAX_VIEWS,
+    TOKENS_A_CALL,
+    Runtime,
+    _max_mappings,
+    _num_rows,
+)
 from sgl_vtensor.vmm.faults import Fault, FaultyDriver
 from sgl_vtensor.vmm.host import HostDriver
 from tests.core.conftest import ManualFence
@@ -172,6 +180,56 @@ def test_rows_of_requests_that_ended_are_unmapped_only_where_that_is_asked(unmap
         world.runtime.idle(SimpleNamespace(evictable_size=lambda: 0), now=0.0)
         assert pool.rows.num_mappings == padding + (0 if unmap_rows else 20)
         pool.shutdown()
+
+
+TREE = SimpleNamespace(known_pages=lambda req: req)
+"""Of requests that are their prefixes."""
+
+
+def launched(new_tokens: int | None = None) -> Any:
+    return SimpleNamespace(extend_num_tokens=new_tokens)
+
+
+def test_a_launch_waits_for_no_mapping_of_a_prefix_that_has_waited(world: World) -> None:
+    """The longer the launch before computes, the more is mapped behind it."""
+    prefix = world.pool.pages.take_many(2 * CALLS_A_LAUNCH + 6)
+    mapped = []
+    for new_tokens in (None, 5 * TOKENS_A_CALL - 1, 0):
+        world.runtime.map_waiting([prefix], TREE, launched(new_tokens))
+        mapped.append(world.pool.rows.mappings_ahead)
+    assert mapped == [CALLS_A_LAUNCH, 2 * CALLS_A_LAUNCH + 4, len(prefix)]
+    assert world.pool.stats().rows_prepared == 1
+    waits = world.runtime.mapping_waits
+    world.pool.open(1, prefix, len(prefix) * 16)
+    assert not world.decode([1])
+    assert world.runtime.mapping_waits == waits
+
+
+def test_nothing_is_mapped_ahead_where_rows_are_not_read_or_not_kept(world: World) -> None:
+    prefix = world.pool.pages.take_many(3)
+    runtime = world.runtime
+    runtime.can_read_homes = runtime.decode_reads_homes = runtime.extend_reads_homes = True
+    runtime.map_waiting([prefix], TREE, launched())
+    assert world.pool.rows.mappings_ahead == 0
+    runtime.extend_reads_homes = False
+    runtime.config = VTensorConfig(unmap_rows=True)
+    runtime.map_waiting([prefix], TREE, launched())
+    assert world.pool.rows.mappings_ahead == 0
+    runtime.config = VTensorConfig()
+    runtime.map_waiting([prefix], TREE, launched())
+    assert world.pool.rows.mappings_ahead == 3
+
+
+def test_a_mapping_that_is_refused_ahead_stops_nothing_but_a_broken_driver_does(world: World) -> None:
+    prefix = world.pool.pages.take_many(3)
+    fault = Fault("map", when=lambda *_: True, error=OutOfMemory)
+    world.driver.plan.append(fault)
+    world.runtime.map_waiting([prefix], TREE, launched())
+    assert world.driver.errors["map"] == 1 and world.pool.rows.mappings_ahead == 0
+    world.driver.plan[:] = [Fault("map", when=lambda *_: True, error=DriverError)]
+    with pytest.raises(DriverError):
+        world.runtime.map_waiting([prefix], TREE, launched())
+    world.driver.plan.clear()
 
 
 def test_waits_for_mappings_are_counted_by_length(world: World) -> None:

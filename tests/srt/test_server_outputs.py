@@ -15,7 +15,7 @@ pytestmark = pytest.mark.server
 
 # Pools are small, so that prompts evict each other all the time: the mixed prompts need more than 4000 tokens in all.
 KINDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "overlap": (("--max-total-tokens=2048",), {}),
+    "overlap": (("--max-total-tokens=2048", "--vtensor-kernel=torch"), {}),  # which reads nothing but rows
     "mixed-chunks": (
         (
             "--max-total-tokens=1024",
@@ -154,6 +154,33 @@ def test_twins_then_eviction_then_again(server: SGLangServer, stock: StockAnswer
             assert [tuple(reply["output_ids"]) for reply in twins.result().json()] == [twin.output_ids] * 2
             check(server, stock.mixed, concurrency=2)  # evicts them
             check(server, [twin, twin], concurrency=2)
+
+
+@only("overlap")
+def test_launches_map_no_prefix_of_requests_that_have_waited(server: SGLangServer, stock: StockAnswers) -> None:
+    """As many requests run as may; behind them wait three with one long cached prefix, of which one row is parked.
+
+    Launches map the pages that requests add, and no more: the other two rows are mapped while those requests wait.
+    """
+    again, others, tokens = stock.mixed[17], stock.mixed[:12], 24
+    assert server.generate(again.prompt, tokens).output_ids == again.output_ids[:tokens]
+    asked = [*others, again, again, again]
+    before = server.vtensor()
+    body = generate_body([], tokens) | {"input_ids": [list(one.prompt) for one in asked]}
+    replies = server.post("/generate", body).json()
+    after = server.vtensor()
+    for reply, expected in zip(replies, asked, strict=True):
+        assert tuple(reply["output_ids"]) == expected.output_ids[:tokens]
+    assert [reply["meta_info"]["cached_tokens"] for reply in replies[-3:]] == [len(again.prompt) - 1] * 3
+    prefix_pages = (len(again.prompt) - 1) // PAGE_TOKENS
+
+    def grown(name: str) -> int:
+        return int(after[name] - before[name])
+
+    assert grown("mappings_ahead") >= 2 * prefix_pages
+    own_pages = sum(-(-(len(one.prompt) + tokens) // PAGE_TOKENS) for one in asked) - 3 * prefix_pages
+    mapped = after["driver_calls"]["map"] - before["driver_calls"]["map"]
+    assert mapped - grown("pages_created") - grown("mappings_ahead") <= own_pages
 
 
 @only("mixed-chunks", "no-overlap")
