@@ -185,9 +185,9 @@ class Pages:
         Raises:
             DriverError: the driver refused one; those before it are ready.
         """
-        room = min(num_pages - len(self._free_backed), self._allowed(False) - (self.num_backed - 1))
+        room = min(num_pages - len(self._free_backed), self._allowed(False) - self.num_backed)
         if room > 0 and self.margin_bytes and (possible := self.possible()) is not None:
-            room = min(room, possible - (self.num_backed - 1))
+            room = min(room, possible - self.num_backed)
         for _ in range(min(room, len(self._free_unbacked))):
             self._back_one()
 
