@@ -48,7 +48,7 @@ def _set(client: Client, size: str) -> None:
     if not page_bytes <= num_bytes <= capacity:
         raise ConfigError(
             f"a limit of {wanted} cannot be set: give at least one page ({format_bytes(page_bytes)}) and at most "
-            f"what the pool can hold ({format_bytes(capacity)})"
+            f"what the pool can hold ({format_bytes(capacity)}; the server's --mem-fraction-static decides)"
         )
     for server in client.servers():
         updated = server.post("/set_internal_state", {"server_args": {"vtensor_memory_limit_bytes": num_bytes}})

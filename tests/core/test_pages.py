@@ -36,6 +36,17 @@ def test_pages_are_backed_at_first_use_and_keep_their_memory(pages: Pages, drive
     assert driver.calls["create"] == creates
 
 
+def test_what_is_prepared_fills_the_limit_and_the_memory_and_no_more(pages: Pages, driver: HostDriver) -> None:
+    pages.limit_pages = 3
+    pages.prepare(8)
+    assert (pages.num_backed, pages.num_free_backed) == (3, 3)
+    pages.limit_pages = 8
+    pages.margin_bytes = pages.layout.page_bytes
+    driver.capacity_bytes = driver.physical_bytes + 3 * pages.layout.page_bytes
+    pages.prepare(8)
+    assert pages.num_backed == 5, "a page's memory is left to others"
+
+
 def test_the_longest_free_page_is_taken_first(pages: Pages) -> None:
     taken = pages.take_many(3)
     pages.free([taken[1]], epoch=0)
