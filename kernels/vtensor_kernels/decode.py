@@ -144,7 +144,7 @@ def _num_blocks(kv_len, window, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr)
     return tl.maximum(tl.cdiv(kv_len, BLOCK_N) - _first_block(kv_len, window, BLOCK_N, HAS_WINDOW), 1)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "window"])
 def _schedule_kernel(
     table_ptr,  # blocks a share, then an entry for each share
     rows_ptr,
@@ -175,7 +175,7 @@ def _schedule_kernel(
     tl.store(entry + 3, tl.sum(tl.where(request == first, ends - blocks, 0), 0))
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "window"])
 def _decode_kernel(
     q_ptr,
     k_ptr,

@@ -29,13 +29,13 @@ class PrefillConfig:
     """Programs that share a tile's keys; None: as many as fill the device."""
 
 
-@triton.jit(do_not_specialize=["batch", "num_tokens"])
+@triton.jit(do_not_specialize=["batch", "num_tokens", "window"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
-    lse_ptr,  # [splits, num_tokens, q_heads] when SPLIT, else [num_tokens, q_heads] or None
+    lse_ptr,  # contiguous [splits, num_tokens, q_heads] when SPLIT, else [num_tokens, q_heads] or None
     sinks_ptr,
     rows_ptr,
     qo_indptr,
@@ -54,10 +54,8 @@ def _prefill_kernel(
     stride_v_row,
     stride_v_token,
     stride_v_head,
-    stride_out_split,
     stride_out_token,
     stride_out_head,
-    stride_lse_split,
     stride_lse_token,
     stride_lse_head,
     GROUP: tl.constexpr,
@@ -130,8 +128,9 @@ def _prefill_kernel(
         share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), tl.maximum(splits, 1)) * BLOCK_N
         lo = tl.minimum(lo + split * share, hi)
         hi = tl.minimum(lo + share, hi)
-        lse_ptr += split.to(tl.int64) * stride_lse_split
-        out_ptr += split.to(tl.int64) * stride_out_split
+        # Partials are contiguous; a stride of their own would be compiled for each kind of number that it can be.
+        lse_ptr += split.to(tl.int64) * num_tokens * stride_lse_token
+        out_ptr += split.to(tl.int64) * num_tokens * stride_out_token
 
     lse_ptrs = lse_ptr
     if HAS_LSE or SPLIT:
@@ -195,19 +194,19 @@ def _prefill_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["batch", "num_tokens", "splits"])
 def _combine_kernel(
     partial_ptr,
     partial_lse_ptr,
     out_ptr,
     lse_ptr,
     sinks_ptr,
-    last_ptr,
+    qo_indptr,
+    batch,
+    num_tokens,
     splits,
-    stride_partial_split,
     stride_partial_token,
     stride_partial_head,
-    stride_plse_split,
     stride_plse_token,
     stride_plse_head,
     stride_out_token,
@@ -223,7 +222,7 @@ def _combine_kernel(
 ):
     """out = sum_s exp(lse_s - lse) partial_s for one token and BLOCK_H heads. A split without keys has lse_s = -inf."""
     token = tl.program_id(0)
-    if token >= tl.load(last_ptr):  # behind the last query: padding, whose partials nobody wrote
+    if token >= tl.load(qo_indptr + batch):  # behind the last query: padding, whose partials nobody wrote
         return
     token = token.to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -240,11 +239,13 @@ def _combine_kernel(
         total += 1.0
     for split in tl.range(0, splits, num_stages=3):
         part = tl.load(
-            partial_lse_ptr + split * stride_plse_split + head * stride_plse_head, mask=is_head, other=float("-inf")
+            partial_lse_ptr + tl.cast(split, tl.int64) * num_tokens * stride_plse_token + head * stride_plse_head,
+            mask=is_head,
+            other=float("-inf"),
         )
         values = tl.load(
             partial_ptr
-            + tl.cast(split, tl.int64) * stride_partial_split
+            + tl.cast(split, tl.int64) * num_tokens * stride_partial_token
             + (head * stride_partial_head)[:, None]
             + dim[None, :],
             mask=is_value,
@@ -366,8 +367,8 @@ def prefill_attention(
             *q.stride()[:2],
             *k.stride()[:3],
             *v.stride()[:3],
-            *(target.stride()[:3] if splits > 1 else (0, *out.stride()[:2])),
-            *(target_lse.stride() if splits > 1 else (0, *lse.stride()) if lse is not None else (0, 0, 0)),
+            *target.stride()[-3:-1],
+            *(target_lse.stride()[-2:] if target_lse is not None else (0, 0)),
             GROUP=group,
             DIM=head_dim,
             V_DIM=v_head_dim,
@@ -392,9 +393,9 @@ def prefill_attention(
     if splits > 1:
         block_h = min(triton.next_power_of_2(q_heads), 8)
         _combine_kernel[(num_tokens, triton.cdiv(q_heads, block_h))](
-            target, target_lse, out, lse, sinks, qo_indptr[batch:], splits,
-            *target.stride()[:3],
-            *target_lse.stride(),
+            target, target_lse, out, lse, sinks, qo_indptr, batch, num_tokens, splits,
+            *target.stride()[1:3],
+            *target_lse.stride()[1:],
             *out.stride()[:2],
             *(lse.stride() if lse is not None else (0, 0)),
             Q_HEADS=q_heads,
