@@ -467,6 +467,5 @@ def choose_config(capability: int, width: int, dtype: torch.dtype) -> DecodeConf
     width = tile.block_dim(width)
     if dtype == torch.float32:
         return DecodeConfig(block_n=32, num_warps=4, num_stages=1 if width > 128 else 2, min_tokens=256)
-    if width > 128:
-        return DecodeConfig(block_n=32, num_warps=4, num_stages=2 if capability < 90 else 3, min_tokens=256)
-    return DecodeConfig(block_n=64, num_warps=4, num_stages=2 if capability < 90 else 3, min_tokens=256)
+    stages = 2 if tile.has_little_shared(capability) else 3
+    return DecodeConfig(block_n=32 if width > 128 else 64, num_warps=4, num_stages=stages, min_tokens=256)

@@ -13,6 +13,8 @@ from vtensor_kernels import tile
 MAX_SPLITS = 32
 MIN_SPLIT_TOKENS = 1024
 """A split shorter than this costs more in the second kernel than it wins."""
+FEW_PAIRS = 64
+"""Up to so many (token, query head) pairs of a request and kv head, tiles are small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,20 +468,26 @@ def _fits_hopper(
 def choose_config(
     capability: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, queries_per_kv_head: int
 ) -> PrefillConfig:
-    """Tile sizes for a device (90 = sm_90, 0 = interpreter) and a shape; see ``bench/bench_prefill.py`` for why."""
+    """Tile sizes for a device (90 = sm_90, 0 = interpreter) and a shape.
+
+    Those of sm_90 were measured (``bench/bench_prefill.py``). The others are chosen by what the compiler says of them:
+    they fit, and spill little or nothing (``bench/compile_table.py``).
+    """
     if capability == 0:
         return PrefillConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
     width = tile.block_dim(max(head_dim, v_head_dim))
     if dtype == torch.float32:
         return PrefillConfig(block_m=32, block_n=32, num_warps=4, num_stages=1 if width > 128 else 2)
-    few = queries_per_kv_head <= 64
-    if capability >= 90:  # 228 KiB of shared memory, bulk copies
+    few = queries_per_kv_head <= FEW_PAIRS
+    if tile.has_little_shared(capability):
         if width > 128:
-            return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=2)
-        return PrefillConfig(
-            block_m=64 if few else 128, block_n=128, num_warps=4 if few else 8, num_stages=3,
-            hopper=capability == 90 and not few,
-        )  # fmt: skip
-    if width > 128:  # 100 KiB on sm_86 and sm_89
-        return PrefillConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
-    return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=2)
+            return PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
+        return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=2)
+    if width > 128:
+        warps = 4 if few and capability == 90 else 8
+        return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=warps, num_stages=2)
+    if capability > 90:  # with 128 keys its products leave too few registers
+        return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=3)
+    return PrefillConfig(
+        block_m=64 if few else 128, block_n=128, num_warps=4 if few else 8, num_stages=3, hopper=not few
+    )

@@ -194,6 +194,11 @@ def capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def has_little_shared(capability: int) -> bool:
+    """Whether programs must do with 99 KiB of shared memory, as on sm_86, sm_89 and sm_120; sm_80 and its 163 too."""
+    return capability < 90 or capability >= 120
+
+
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """The type in which tiles are multiplied: the queries' own, float32 under the interpreter.
 
@@ -215,7 +220,7 @@ def check_layout(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None, sm_scale: float
 ) -> None:
     """Raise ValueError, with the fix, for what the kernels cannot read."""
-    if not q.is_cuda and not INTERPRETING:
+    if not capability(q.device) and not INTERPRETING:
         raise ValueError(f"q is on {q.device}: use reference_attention there, or set TRITON_INTERPRET=1 before Triton")
     if q.dim() != 3 or out.dim() != 3 or k.dim() != 4 or v.dim() != 4:
         raise ValueError("q and out must be [tokens, q_heads, dim], k and v [rows, max_tokens, kv_heads, dim]")
