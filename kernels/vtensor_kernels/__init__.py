@@ -7,6 +7,7 @@ Needs torch and triton only. ``prefill_attention`` and ``decode_attention`` are 
 from vtensor_kernels.decode import DecodeSchedule, DecodeWorkspace, decode_attention
 from vtensor_kernels.prefill import prefill_attention, prefill_schedule
 from vtensor_kernels.reference import reference_attention
+from vtensor_kernels.warm_up import warm_up
 
 __all__ = [
     "DecodeSchedule",
@@ -15,4 +16,5 @@ __all__ = [
     "prefill_attention",
     "prefill_schedule",
     "reference_attention",
+    "warm_up",
 ]

@@ -7,6 +7,8 @@ the same memory need not agree (CUDA programming guide, virtual aliasing).
 from __future__ import annotations
 
 import itertools
+import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +16,20 @@ import numpy as np
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import add_attention_backend_choices
-from vtensor_kernels import DecodeWorkspace, decode_attention, prefill_attention, reference_attention
+from vtensor_kernels import DecodeWorkspace, decode_attention, prefill_attention, reference_attention, warm_up
 
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.srt.flags import NAME
 from sgl_vtensor.srt.runtime import MAX_VIEWS, Runtime, runtime_of
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 5.0
+"""Of the log, while kernels are compiled."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class VTensorAttnBackend(AttentionBackend):
         runtime.extend_reads_homes = self._fa3 is not None and self.kernel == "auto" and _copies_in_bulk(runtime)
         runtime.can_read_homes = self._paged is not None
         runtime.attention = self._describe()
+        if self._workspace is not None:
+            self._warm_up(runner.model, runner.dtype)
 
     def _describe(self) -> str:
         homes_only = self.runtime.extend_reads_homes and self.runtime.decode_reads_homes
@@ -106,6 +115,26 @@ class VTensorAttnBackend(AttentionBackend):
 
             return TorchNativeAttnBackend(runner)
         return None
+
+    def _warm_up(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        """Compile what our own kernels launch for this model's layers, before a request or a graph waits for it."""
+        # SGLang hands sinks over with the queries; they are parameters of the layer around.
+        sinks = next((value for name, value in model.named_parameters() if name.endswith("sinks")), None)
+        kinds: dict[str, tuple[int, dict[str, Any]]] = {}
+        for layer in model.modules():
+            if isinstance(layer, RadixAttention) and layer.layer_id in self._views:
+                options = self._extend_options(layer, sinks)
+                if not self._takes_fa3(layer, options):
+                    kinds.setdefault(str({**options, "sinks": sinks is not None}), (layer.layer_id, options))
+        begin = said = time.monotonic()
+        for number, (layer_id, options) in enumerate(kinds.values(), start=1):
+            for done, launches in warm_up(*self._views[layer_id], dtype, self._workspace, **options):
+                if time.monotonic() - said > SECONDS_BETWEEN_LINES or done == launches:
+                    said = time.monotonic()
+                    logger.info(
+                        "vTensor attention: %d of %d launches compiled for layers of kind %d of %d, %.1f s; "
+                        "Triton keeps them for the next start", done, launches, number, len(kinds), said - begin,
+                    )  # fmt: skip
 
     # Metadata.
 
@@ -198,8 +227,7 @@ class VTensorAttnBackend(AttentionBackend):
             return self._forward_paged("forward_extend", q, k, v, layer, forward_batch, save_kv_cache, sinks, kwargs)
         self._store(k, v, layer, forward_batch, save_kv_cache, kwargs)
         queries, out = self._shape(q, layer)
-        options = self._options(layer, sinks)
-        options["causal"] = layer.attn_type != AttentionType.ENCODER_ONLY
+        options = self._extend_options(layer, sinks)
         if self._takes_fa3(layer, options):
             self._extend_fa3(queries, out, layer, metadata, options)
         else:
@@ -298,6 +326,9 @@ class VTensorAttnBackend(AttentionBackend):
             "v_scale": 1.0 if layer.v_scale is None else layer.v_scale_float,
             "sinks": sinks,
         }
+
+    def _extend_options(self, layer: Any, sinks: torch.Tensor | None) -> dict[str, Any]:
+        return {**self._options(layer, sinks), "causal": layer.attn_type != AttentionType.ENCODER_ONLY}
 
     def _takes_fa3(self, layer: Any, options: dict[str, Any]) -> bool:
         """FlashAttention-3 on views takes plain attention of half-precision keys."""

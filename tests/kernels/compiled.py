@@ -2,16 +2,78 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from compile_only import compile_only
+from compile_only import compile_only, count_variants
 from compile_table import MODELS, launches, on_meta, resident, views
-from vtensor_kernels import prefill_attention
+from vtensor_kernels import DecodeWorkspace, decode_attention, prefill_attention, warm_up
+
+MAX_BATCH = 200
+MAX_NEW = 8192
+
+
+@functools.cache
+def warm(capability: int, name: str) -> frozenset[str]:
+    """The variants that a server with this model compiles at its start."""
+    model = MODELS[name]
+    with count_variants(capability) as variants:
+        workspace = DecodeWorkspace(MAX_BATCH, model.q_heads, model.head_dim, "meta")
+        for done, of in warm_up(*views(model), model.dtype, workspace, **model.all_options()):
+            assert 0 < done <= of
+    return frozenset(variants)
+
+
+@st.composite
+def news(draw: st.DrawFn) -> list[int]:
+    """New tokens of each request of a pass: none to 8 192 in all, and few or many of each."""
+    batch = draw(st.sampled_from([1, 2, 15, 16, 17, 64, 127, 128, 129, MAX_BATCH]) | st.integers(1, MAX_BATCH))
+    most = draw(st.sampled_from([1, 2, 7, 8, 9, 15, 16, 17, 64, 65, 512, MAX_NEW]) | st.integers(1, MAX_NEW))
+    most = max(min(most, MAX_NEW // batch), 1)
+    return draw(st.lists(st.integers(0, most), min_size=batch, max_size=batch)) if batch < 20 else [most] * batch
+
+
+@pytest.mark.parametrize("name", ["llama-8b", "llama-70b, 8 GPUs", "gemma-2-9b", "gpt-oss-20b", "falcon-7b"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(new=news(), padding=st.integers(0, 40))
+def test_serving_needs_no_variant_that_warming_up_has_not_made(
+    capability: int, name: str, new: list[int], padding: int
+) -> None:
+    model = MODELS[name]
+    k, v = views(model)
+    with count_variants(capability) as variants:
+        # As the backend calls: queries are a slice of what the projection gives, which also holds keys and values.
+        tokens = max(sum(new), 1) + padding
+        q = on_meta(tokens, (model.q_heads + 2 * model.kv_heads) * model.head_dim, dtype=model.dtype)
+        q = q[:, : model.q_heads * model.head_dim].unflatten(1, (model.q_heads, model.head_dim))
+        batch = len(new)
+        rows, kv_lens = on_meta(MAX_BATCH)[:batch], on_meta(MAX_BATCH)[:batch]
+        prefill_attention(
+            q, k, v, on_meta(*q.shape, dtype=model.dtype), rows, on_meta(batch + 1), kv_lens, max(new),
+            **model.all_options(),
+        )  # fmt: skip
+        q = q[:batch] if batch <= tokens else on_meta(batch, model.q_heads, model.head_dim, dtype=model.dtype)
+        workspace = DecodeWorkspace(MAX_BATCH, model.q_heads, model.head_dim, "meta")
+        decode_attention(
+            q, k, v, on_meta(*q.shape, dtype=model.dtype), rows, kv_lens, workspace=workspace, **model.all_options()
+        )
+    assert variants, "nothing was launched"
+    missed = variants - warm(capability, name)
+    assert not missed, "\n".join(sorted(missed))
+
+
+def test_a_server_compiles_few_variants() -> None:
+    """What a start may take: each is seconds."""
+    counts = {name: len(warm(90, name)) for name in ("llama-8b", "gemma-2-9b", "gpt-oss-20b")}
+    assert max(counts.values()) <= 24, counts
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

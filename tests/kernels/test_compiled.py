@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def test_kernels_compile_for_every_gpu_that_they_have_a_configuration_for() -> None:
+def test_kernels_compile_for_every_gpu_and_a_start_makes_all_that_serving_needs() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     checks = Path(__file__).with_name("compiled.py")
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", checks]

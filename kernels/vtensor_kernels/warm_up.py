@@ -1,0 +1,110 @@
+"""All variants that a server can launch, compiled before it serves: a request would wait seconds for each."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+
+from vtensor_kernels import tile
+from vtensor_kernels.decode import DecodeWorkspace, decode_attention
+from vtensor_kernels.prefill import FEW_PAIRS, prefill_attention
+
+_MAX_THREADS = 8
+
+
+def warm_up(
+    k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, workspace: DecodeWorkspace, **options: Any
+) -> Iterator[tuple[int, int]]:
+    """Compile what ``prefill_attention`` and ``decode_attention`` launch for one kind of layer, several at a time.
+
+    What is compiled depends on shapes, strides, dtypes and features, never on lengths. Launches are real, on requests
+    of no tokens: no key is read, and memory behind ``k`` and ``v`` need not be mapped.
+
+    Args:
+        k: keys of one layer, as ``prefill_attention`` takes them.
+        v: values of one layer.
+        dtype: of the queries and outputs.
+        workspace: of decode; its ``max_batch`` bounds prefill, too.
+        options: of all calls: ``sm_scale``, and any of ``causal``, ``logit_cap``, ``sliding_window``, ``k_scale``,
+            ``v_scale`` and ``sinks``. Decode is left out where ``causal`` is False.
+
+    Yields:
+        (launches done, launches in all), after each.
+
+    Raises:
+        ValueError: what the kernels do not take, as they say it.
+        triton.runtime.errors.OutOfResources: a configuration that does not fit this device.
+    """
+    launches = [*_launches(k, v, dtype, workspace, options)]
+    threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        running = [pool.submit(_on_device, k.device, launch) for launch in launches]
+        for done, future in enumerate(concurrent.futures.as_completed(running), start=1):
+            future.result()
+            yield done, len(launches)
+    if k.is_cuda:
+        torch.cuda.synchronize(k.device)
+
+
+def _launches(
+    k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, workspace: DecodeWorkspace, options: dict[str, Any]
+) -> Iterator[Callable[[], None]]:
+    """One call for each size of batch that is compiled for, and there: many and few queries, keys split and not."""
+    kv_heads = k.shape[2]
+    group = workspace.q_heads // kv_heads
+    least_many = FEW_PAIRS // group + 1
+    # Tokens that fill the device, in tiles of at most 128 pairs: then keys are not split.
+    enough = triton.cdiv(128 * tile.processors(k.device), workspace.q_heads)
+    prefill = functools.partial(_prefill, k, v, dtype, workspace.q_heads, options)
+    decode_options = {name: value for name, value in options.items() if name != "causal"}
+    for least, most in tile.batch_blocks(workspace.max_batch):
+        if options.get("causal", True):
+            yield functools.partial(_decode, k, v, dtype, workspace, decode_options, least)
+        if group <= FEW_PAIRS:
+            yield functools.partial(prefill, least, 1, 1)
+            yield functools.partial(prefill, most, 1, 1)
+        yield functools.partial(prefill, least, least_many, least_many)
+        yield functools.partial(prefill, most, max(enough, least_many), max(enough, least_many))
+
+
+def _prefill(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dtype: torch.dtype,
+    q_heads: int,
+    options: dict[str, Any],
+    batch: int,
+    num_tokens: int,
+    max_q_len: int,
+) -> None:
+    q = torch.empty(num_tokens, q_heads, k.shape[3], dtype=dtype, device=k.device)
+    out = q.new_empty(num_tokens, q_heads, v.shape[3])
+    rows, kv_lens, qo_indptr = (torch.zeros(batch + n, dtype=torch.int32, device=k.device) for n in (0, 0, 1))
+    prefill_attention(q, k, v, out, rows, qo_indptr, kv_lens, max_q_len, **options)
+
+
+def _decode(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dtype: torch.dtype,
+    workspace: DecodeWorkspace,
+    options: dict[str, Any],
+    batch: int,
+) -> None:
+    q = torch.empty(batch, workspace.q_heads, k.shape[3], dtype=dtype, device=k.device)
+    out = q.new_empty(batch, workspace.q_heads, v.shape[3])
+    rows, kv_lens = (torch.zeros(batch, dtype=torch.int32, device=k.device) for _ in range(2))
+    decode_attention(q, k, v, out, rows, kv_lens, workspace=workspace, **options)
+
+
+def _on_device(device: torch.device, launch: Callable[[], None]) -> None:
+    """A thread begins on GPU 0."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        launch()
