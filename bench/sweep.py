@@ -54,10 +54,9 @@ PREFILL_SHAPES = [
 
 
 def decode_configs() -> dict[str, DecodeConfig]:
-    """By name: block_n, warps, stages, fewest tokens, programs a processor, and t where the tail is apart."""
+    """By name: block_n, warps, stages, fewest tokens, and programs a processor."""
     found = [
         DecodeConfig(64, 4, 3, 256, 2),
-        DecodeConfig(64, 4, 3, 256, 2, tail=True),
         DecodeConfig(64, 4, 3, 128, 2),
         DecodeConfig(64, 4, 3, 512, 2),
         DecodeConfig(64, 4, 3, 256, 1),
@@ -74,9 +73,7 @@ def decode_configs() -> dict[str, DecodeConfig]:
         DecodeConfig(32, 2, 5, 128, 4),
         DecodeConfig(32, 2, 4, 128, 6),
     ]
-    return {
-        f"n{c.block_n} w{c.num_warps} s{c.num_stages} m{c.min_tokens} p{c.programs}{' t' * c.tail}": c for c in found
-    }
+    return {f"n{c.block_n} w{c.num_warps} s{c.num_stages} m{c.min_tokens} p{c.programs}": c for c in found}
 
 
 def prefill_configs() -> dict[str, PrefillConfig | None]:
@@ -136,8 +133,7 @@ def prefill(config: PrefillConfig | None, *, scheduled: bool = False) -> Make:
         schedule = None
         if scheduled:
             schedule = prefill_schedule(
-                len(inputs.q), shape.q_heads // shape.kv_heads, inputs.rows, inputs.qo_indptr, inputs.kv_lens,
-                shape.max_new,
+                inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new, config=config
             )  # fmt: skip
 
         def call(layer: int) -> torch.Tensor:
