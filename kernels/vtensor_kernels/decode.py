@@ -16,6 +16,8 @@ from vtensor_kernels import tile
 
 MAX_HEADS_A_TILE = 64
 """Query heads of a group in one tile; larger groups take several, each reading K and V again."""
+COMBINED_VALUES = 8192
+"""Of the parts of a request, so many values at a time are combined: 64 registers of a thread."""
 _ENTRY = 4
 """int32 an entry of a schedule: a share's first request, its row, its length, and its first block among all."""
 
@@ -433,7 +435,7 @@ def decode_attention(
         BLOCK_N=config.block_n,
         BLOCK_D=tile.block_dim(head_dim),
         BLOCK_DV=tile.block_dim(v_head_dim),
-        BLOCK_S=max(8192 // (heads_p2 * tile.block_dim(v_head_dim)), 1),
+        BLOCK_S=max(COMBINED_VALUES // (heads_p2 * tile.block_dim(v_head_dim)), 1),
         HEADS_P2=heads_p2,
         HAS_CAP=logit_cap > 0,
         HAS_WINDOW=sliding_window > 0,
