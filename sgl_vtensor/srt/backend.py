@@ -91,7 +91,7 @@ class VTensorAttnBackend(AttentionBackend):
         runtime.extend_reads_homes = self._fa3 is not None and self.kernel == "auto" and _copies_in_bulk(runtime)
         runtime.can_read_homes = self._paged is not None
         runtime.attention = self._describe()
-        if self._workspace is not None:
+        if self._workspace is not None and not (runtime.extend_reads_homes and runtime.decode_reads_homes):
             self._warm_up(runner.model, runner.dtype)
 
     def _describe(self) -> str:
