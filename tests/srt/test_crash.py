@@ -190,7 +190,7 @@ def test_a_session_goes_on_where_it_was(server: SGLangServer, stock: StockAnswer
     last = None
     for number in range(3):
         turn = stock.mixed[8 + number].prompt
-        params = {"id": session, "rid": last, "offset": -1, "replace": last is not None}
+        params = {"id": session, "rid": last, "offset": 0, "replace": last is not None}
         answer = server.post("/generate", generate_body(turn, 9) | {"session_params": params}).json()
         said += turn
         assert tuple(answer["output_ids"]) == server.generate(said, 9).output_ids
