@@ -51,7 +51,8 @@ def running(
     flags, env = KINDS[request.param]
     path = tmp_path_factory.mktemp("trace") / "trace"
     with start(*VTENSOR, *flags, f"--vtensor-trace={path}", env=env) as server:
-        assert "; kernel auto on rows and homes; " in server.start_line()
+        reads = "torch on rows" if "--vtensor-kernel=torch" in flags else "auto on rows and homes"
+        assert f"; kernel {reads}; " in server.start_line()
         yield server
     check_replay(path.with_name("trace.0"))
 
