@@ -180,7 +180,7 @@ class Surroundings:
         config = VTensorConfig()
         self.policy = MemoryPolicy(self.pool, config)
         self.runtime = Runtime(self.pool, self.allocator, self.policy, config, dense_capacity=0)
-        self.runtime.can_read_homes = True
+        self.runtime.decode_reads_homes = self.runtime.extend_reads_homes = False
         self.pool.take_fresh()
         self.policy.ranks = Ranks(0, np.zeros((2, 1 + 2 * NUM_DIGESTS), dtype=np.int64))
         self.scheduler: Any = SimpleNamespace(

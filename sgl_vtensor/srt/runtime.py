@@ -75,11 +75,12 @@ class Runtime:
         self.dense_capacity = dense_capacity
         self._on_cuda = pool.driver.device.type == "cuda"
         self._batch_rows: npt.NDArray[np.int32] | None = None
-        self.can_read_homes = False
+        # As for any backend of SGLang's own, which is paged and knows no rows: none is mapped for it.
+        self.can_read_homes = True
         """Whether the attention backend can also read pages at their homes."""
-        self.decode_reads_homes = False
+        self.decode_reads_homes = True
         """Whether it always decodes there."""
-        self.extend_reads_homes = False
+        self.extend_reads_homes = True
         """Whether it always prefills there."""
         self.launch_reads_homes = False
         """Whether the batch that is being launched does."""

@@ -20,5 +20,5 @@ def test_torch_native_on_our_pool(start: Start, stock: StockAnswers) -> None:
         check(server, stock.hungry, concurrency=8)
         server.flush_cache()
         check(server, stock.mixed, concurrency=8)
-        assert server.vtensor()["mappings"] > 0
+        assert server.vtensor()["mappings"] == 0, "nobody reads rows here"
         server.check_healthy()

@@ -50,7 +50,8 @@ class World:
         self.pool = VTensorPool(Pages(driver, layout, 600), num_slots=NUM_SLOTS, max_len_tokens=40 * 16)
         self.allocator: Any = SimpleNamespace(extending=True, copies=[])
         policy = MemoryPolicy(self.pool, config)
-        self.runtime = Runtime(self.pool, self.allocator, policy, config, dense_capacity=600 * 16)
+        self.runtime = runtime = Runtime(self.pool, self.allocator, policy, config, dense_capacity=600 * 16)
+        runtime.can_read_homes = runtime.decode_reads_homes = runtime.extend_reads_homes = False
 
     def prefill(self, slots: list[int], num_pages: int, *, chunked: int | None = None) -> bool:
         """Open the requests, allocate, launch; whether the launch read homes."""
