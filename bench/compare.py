@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import signal
 import statistics
 import sys
 import time
@@ -26,7 +25,6 @@ import urllib.error
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import logprobs
 import torch
@@ -36,7 +34,7 @@ from costs import Look, costs
 from load import Run, by_turn, play, summarize, unit
 from plots import line_plot
 from results import Results
-from servers import Remote, Server, flags_of
+from servers import Remote, Server, check_names, leave_on_sigterm
 from workloads import Workload
 
 from sgl_vtensor.cli.server import free_port
@@ -381,22 +379,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         model = TinyLlama(layers=4, heads=32, kv_heads=8, head_dim=128, hidden=1024, max_tokens=16384)
         options.model = str(model.write(options.out / "random-llama", tokenizer=options.tokenizer or smollm2()))
     if not options.url:
-        for name in {name for group in options.group for name in group}:
-            try:
-                flags_of(name)
-            except KeyError as error:
-                parser.error(str(error.args[0]))
+        check_names(parser, {name for group in options.group for name in group})
     return options
 
 
-def _leave(number: int, _frame: Any) -> None:
-    """End by an exception, so that servers are stopped and what was measured is written."""
-    print(f"Told to end (signal {number}).", flush=True)
-    raise SystemExit(128 + number)
-
-
 def main(argv: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, _leave)
+    leave_on_sigterm()
     comparison = Comparison(arguments(argv))
     try:
         for group in comparison.options.group:

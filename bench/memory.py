@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import csv
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -38,7 +37,7 @@ import workloads
 from load import Run, percentiles, play, summarize, unit
 from plots import line_plot
 from results import Results
-from servers import Remote, Server
+from servers import Remote, Server, leave_on_sigterm
 
 from sgl_vtensor.cli.main import main as sgl_vtensor
 from sgl_vtensor.cli.server import free_port
@@ -405,13 +404,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def _leave(number: int, _frame: Any) -> None:
-    """End by an exception, so that servers are stopped."""
-    raise SystemExit(128 + number)
-
-
 def main(argv: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, _leave)
+    leave_on_sigterm()
     questions = Questions(arguments(argv))
     for name in questions.options.ask:
         print(f"== {name}", flush=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import signal
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,25 @@ def flags_of(name: str) -> list[str]:
     if base not in CONFIGS:
         raise KeyError(f"no server configuration {base!r}; there are {', '.join(CONFIGS)}")
     return [*CONFIGS[base], *(part for addition in additions for part in f"--{addition}".split("=", 1))]
+
+
+def check_names(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """End with a usage error where there is no such configuration."""
+    for name in names:
+        try:
+            flags_of(name)
+        except KeyError as error:
+            parser.error(str(error.args[0]))
+
+
+def leave_on_sigterm() -> None:
+    """End by an exception from now on, so that servers are stopped and what was found is written."""
+    signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(number: int, _frame: Any) -> None:
+    print(f"Told to end (signal {number}).", flush=True)
+    raise SystemExit(128 + number)
 
 
 class Remote:

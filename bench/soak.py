@@ -26,7 +26,6 @@ import csv
 import json
 import random
 import re
-import signal
 import sys
 import time
 from collections import Counter
@@ -42,7 +41,7 @@ from load import Native, Sample, ask
 from memory import GIB, Watch, device_bytes
 from plots import line_plot
 from results import Results
-from servers import Remote, Server, flags_of
+from servers import Remote, Server, check_names, leave_on_sigterm
 from workloads import VOCABULARY, Session, Turn
 
 from sgl_vtensor.cli.server import free_port
@@ -601,11 +600,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("flags", nargs="*", help="flags for every server, after --")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in filter(None, (options.server, options.stock)):
-        try:
-            flags_of(name)
-        except KeyError as error:
-            parser.error(str(error.args[0]))
+    check_names(parser, filter(None, (options.server, options.stock)))
     if not cuda and not options.url:
         print("no GPU: a small load on a tiny model, on the host driver. Its times say nothing about a GPU.")
         options.model = options.model or str(TinyLlama().write(options.out / "tiny-llama", tokenizer=smollm2()))
@@ -617,14 +612,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def _leave(number: int, _frame: Any) -> None:
-    """End by an exception, so that what was found is written and servers are stopped."""
-    print(f"Told to end (signal {number}).", flush=True)
-    raise SystemExit(128 + number)
-
-
 def main(argv: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, _leave)
+    leave_on_sigterm()
     options = arguments(argv)
     soak = Soak(options)
     servers = [(options.server, options.seconds, True)]

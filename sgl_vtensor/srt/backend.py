@@ -91,12 +91,12 @@ class VTensorAttnBackend(AttentionBackend):
         runtime.extend_reads_homes = self._fa3 is not None and self.kernel == "auto" and _copies_in_bulk(runtime)
         runtime.can_read_homes = self._paged is not None
         runtime.attention = self._describe()
-        if self._workspace is not None and not (runtime.extend_reads_homes and runtime.decode_reads_homes):
+        if self._workspace is not None and runtime.reads_rows:
             self._warm_up(runner.model, runner.dtype)
 
     def _describe(self) -> str:
-        homes_only = self.runtime.extend_reads_homes and self.runtime.decode_reads_homes
-        where = "homes" if homes_only else "rows and homes" if self.runtime.can_read_homes else "rows"
+        read = {"rows": self.runtime.reads_rows, "homes": self.runtime.can_read_homes}
+        where = " and ".join(name for name, is_read in read.items() if is_read)
         return f"kernel {self.kernel}{' with FlashAttention-3' if self._fa3 is not None else ''} on {where}"
 
     def _choose_kernel(self, asked: str) -> str:

@@ -189,7 +189,7 @@ class Runtime:
         self.policy.launched()
         if self.config.unmap_rows:
             self.pool.unmap_parked()
-        if self.can_read_homes and self._reads_rows:
+        if self.can_read_homes and self.reads_rows:
             self._map_ahead(batch)
 
     def _map_ahead(self, batch: Any) -> None:
@@ -200,8 +200,8 @@ class Runtime:
             self._map([batch.chunked_req.kv.req_pool_idx])
 
     @property
-    def _reads_rows(self) -> bool:
-        """Whether any launch may."""
+    def reads_rows(self) -> bool:
+        """Whether any launch may read rows."""
         return not (self.can_read_homes and self.extend_reads_homes and self.decode_reads_homes)
 
     def map_waiting(self, requests: Sequence[Any], tree_cache: Any, batch: Any) -> None:
@@ -209,7 +209,7 @@ class Runtime:
 
         What is mapped depends on the queue, the tree and the books, which are the same on all ranks, and on no clock.
         """
-        if not requests or not self._reads_rows or self.config.unmap_rows:
+        if not requests or not self.reads_rows or self.config.unmap_rows:
             return
         prefixes = [tree_cache.known_pages(req) for req in requests[:MAX_WAITING]]
         at_most = CALLS_A_LAUNCH + (batch.extend_num_tokens or 0) // TOKENS_A_CALL

@@ -29,6 +29,15 @@ NUM_SLOTS = 5
 MAX_LEN = 80
 
 
+def nodes_of(cache: VTensorRadixCache) -> list[TreeNode]:
+    found, stack = [], [cache.root_node]
+    while stack:
+        node = stack.pop()
+        found.append(node)
+        stack += node.children.values()
+    return found
+
+
 class Tree:
     """A tree whose evicted pages are noted."""
 
@@ -52,12 +61,7 @@ class Tree:
         return node
 
     def nodes(self) -> list[TreeNode]:
-        found, stack = [], [self.cache.root_node]
-        while stack:
-            node = stack.pop()
-            found.append(node)
-            stack += node.children.values()
-        return found
+        return nodes_of(self.cache)
 
     def check(self) -> None:
         """Each node's children are known by their first pages; every leaf that may go is in line once."""
@@ -261,12 +265,7 @@ class Served:
         self.running.remove(request)
 
     def nodes(self) -> list[TreeNode]:
-        found, stack = [], [self.cache.root_node]
-        while stack:
-            node = stack.pop()
-            found.append(node)
-            stack += node.children.values()
-        return found
+        return nodes_of(self.cache)
 
     def topology(self) -> list[tuple[Any, ...]]:
         """All of the tree but its clock."""
