@@ -35,7 +35,7 @@ from load import Run, by_turn, play, summarize, unit
 from plots import line_plot
 from results import Results
 from servers import Remote, Server, check_names, leave_on_sigterm
-from workloads import Workload
+from workloads import Session, Workload
 
 from sgl_vtensor.cli.server import free_port
 from sgl_vtensor.cli.smollm2 import smollm2
@@ -164,7 +164,7 @@ class Comparison:
                 print(f"  {name}: left out, {why}", flush=True)
                 continue
             warm_up = self._workload(name, 0)
-            sessions = warm_up.sessions[:WARM_UP_SESSIONS]
+            sessions = tuple(map(_shortened, warm_up.sessions[:WARM_UP_SESSIONS]))
             for server in servers:
                 self._play(server, dataclasses.replace(warm_up, sessions=sessions))
         for seed in range(self.options.seed, self.options.seed + self.options.rounds):
@@ -179,7 +179,8 @@ class Comparison:
                         self._record(server, workload, seed, state, *self._play(server, workload))
 
     def _workload(self, name: str, seed: int) -> Workload:
-        return workloads.build(name, seed, scale=self.options.scale, users=self.options.users)
+        name, _, users = name.partition("@")
+        return workloads.build(name, seed, scale=self.options.scale, users=int(users or 0))
 
     def _too_long(self, workload: Workload, servers: list[Remote]) -> str | None:
         for server in servers:
@@ -311,6 +312,21 @@ def _tokens(run: Run, first_turn: int) -> int:
     return sum(sample.output_tokens for sample in run.samples if sample.turn >= first_turn)
 
 
+def _shortened(session: Session) -> Session:
+    """The same questions with short answers: a warm-up is for what is compiled and captured."""
+    turns = (dataclasses.replace(turn, answer_tokens=min(turn.answer_tokens, 16)) for turn in session.turns)
+    return dataclasses.replace(session, turns=tuple(turns))
+
+
+def _workload_name(text: str) -> str:
+    name, separator, users = text.partition("@")
+    if name not in workloads.TABLE or (separator and not (users.isdecimal() and int(users))):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no workload; say NAME or NAME@USERS with one of {', '.join(sorted(workloads.TABLE))}"
+        )
+    return text
+
+
 def _setup(options: argparse.Namespace) -> str:
     """What the flags say of the server's size: figures of small pools are of evictions too."""
     if options.url:
@@ -335,11 +351,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--url", action="append", metavar="NAME=URL", help="servers that run already, in place of --group"
     )
-    parser.add_argument("--workload", nargs="+", choices=sorted(workloads.TABLE), default=list(workloads.TABLE))
+    parser.add_argument(
+        "--workload", nargs="+", type=_workload_name, default=list(workloads.TABLE), metavar="NAME[@USERS]",
+        help="and how many users at a time, if not as in the table (all)",
+    )  # fmt: skip
     parser.add_argument(
         "--scale", type=float, default=1.0 if cuda else 0.02, help="of the workloads' sizes (%(default)s)"
     )
-    parser.add_argument("--users", type=int, default=0, help="at a time; default: as in the table")
     parser.add_argument(
         "--rounds", type=int, default=2 if cuda else 1, help="each with a seed of its own (%(default)s)"
     )

@@ -3,9 +3,11 @@
     python bench/memory.py --model DIR [--ask limit pair ...] [--budget-seconds 560] [--out DIR] -- FLAGS
 
 curve       users come (1, 8, 32), stay a while, and leave: the whole GPU's memory, on vTensor memory and on stock
+grow        requests that fill the pool, which grows under them, and again with all of it backed: speed, late tokens
 limit       under load the limit falls to a sixth and rises again, ten times: how soon memory follows, what fails
 neighbour   under load another process takes 30 GB of the GPU, twice: what fails, what it costs
-pair        two servers on one GPU have their bursts in turn: with limits of a half each, and sharing all of it
+pair        two servers on one GPU have their bursts in turn, of 70% of the memory that is free: with limits of a half
+            each, and sharing all of it
 replicas    --dp-size 2, a GPU each: one load, the limit lowered under it; what top and limit say of each replica
 
 Memory is NVML's, whole, of the GPUs that CUDA_VISIBLE_DEVICES names (all); without a GPU it is what the host driver has
@@ -28,13 +30,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import workloads
-from load import Run, percentiles, play, summarize, unit
+from load import Run, Sample, percentiles, play, summarize, unit
 from plots import line_plot
 from results import Results
 from servers import Remote, Server, leave_on_sigterm
@@ -46,11 +49,18 @@ from sgl_vtensor.cli.tiny_model import TinyLlama
 from sgl_vtensor.errors import VTensorError
 
 GIB = 1 << 30
-QUESTIONS = ("curve", "limit", "neighbour", "pair", "replicas")
+RISING = workloads.Kind("questions with longer answers", 1, 1, 1, 0, question=2000, answer=500)
+HEAVY = workloads.Kind("questions that need much memory", 1, 1, 1, 0, question=4000, answer=600)
+GROWING = workloads.Kind("long answers: the pool grows as they do", 1, 1, 1, 0, question=4000, answer=1000)
+MOST_USERS = 64
+BURST = workloads.Kind("chats with a history, all at once", 1, 1, 1, 0, turns=6, question=64, answer=64, history=4000)
+QUESTIONS = ("curve", "grow", "limit", "neighbour", "pair", "replicas")
 WATCH_SECONDS = 0.25
 BEFORE_SECONDS = 3.0
 """From when a load begins to what is done to it."""
 FOLLOW_SECONDS = 10.0
+NEIGHBOURS = 21
+"""Gaps between tokens that one of them is compared with."""
 LOW_SHARE = 1 / 6
 TAKEN_BYTES = 30 * 10**9
 TAKER = """
@@ -76,6 +86,8 @@ class Look:
     device: int
     backed: int
     in_use: int
+    live: int
+    """What the tokens of requests and of the cache fill of it."""
     limit: int
 
 
@@ -103,6 +115,7 @@ class Watch(threading.Thread):
             self._device() if self._device else backed,
             backed,
             sum(one["pages_in_use"] * one["page_bytes"] for one in figures),
+            sum(one["tokens_live"] * one["token_stride_bytes"] for one in figures),
             sum(one["limit_bytes"] for one in figures),
         )
 
@@ -162,7 +175,8 @@ class Questions:
                 self.phase(watch, name, "started", 3.0)
                 for users in (1, 8, 32):
                     start_s = watch.now_s
-                    run = self.load(server, self.workload(users, sessions=2 * users))
+                    load = self.questions(RISING, 2 * users, seed=users)
+                    run = self.load(server, replace(load, users=users))
                     self.note(run, f"curve batch {users}", name)
                     self.row_of(watch.between(start_s, watch.now_s), f"curve batch {users}", name)
                 self.phase(watch, name, "after load", 2.0)
@@ -183,21 +197,26 @@ class Questions:
             low = int(full * LOW_SHARE)
             follows_s: list[float] = []
             with ThreadPoolExecutor(1) as executor:
-                loading = executor.submit(self.load, server, self.workload(32, sessions=96))
-                time.sleep(BEFORE_SECONDS)
-                while len(follows_s) < 10 and not loading.done():
-                    self.set_limit(server, low)
-                    follows_s.append(self._follow(watch, low))
-                    time.sleep(0.5)
-                    self.set_limit(server, full)
-                    time.sleep(1)
+                enough = threading.Event()
+                loading = executor.submit(
+                    self.load_until, enough, server, lambda seed: self.workload(32, sessions=96, seed=seed)
+                )
+                try:
+                    time.sleep(BEFORE_SECONDS)
+                    while len(follows_s) < 10 and not loading.done():
+                        self.set_limit(server, low)
+                        follows_s.append(self._follow(watch, low))
+                        time.sleep(0.5)
+                        self.set_limit(server, full)
+                        time.sleep(1)
+                finally:
+                    enough.set()
                 self.note(loading.result(), "limit moved under load", name)
             page = server.vtensor()["page_bytes"]
             self.results.add("limit lowered under load", name, "times", "1", [len(follows_s)])
             self.results.add("limit lowered under load", name, "memory follows after", "s", follows_s or [float("nan")])
             print(f"  {len(follows_s)} times; memory followed after {', '.join(f'{s:.2f}' for s in follows_s)} s")
-            if len(follows_s) < 10:
-                print("  the load ended too early; give a larger --scale")
+            self.failed |= len(follows_s) < 10
             looks = [one for one in watch.looks if one.backed > one.limit + page]
             print(f"  {len(looks)} of {len(watch.looks)} looks found more memory than the limit")
         lines = {
@@ -212,16 +231,22 @@ class Questions:
             return
         name = "vtensor-auto"
         with self.servers(name) as (server,), self.watched("neighbour", name, [server]) as watch:
-            before = self.load(server, self.workload(32, sessions=48))
+            # More than the neighbour leaves: requests that run wait for memory, or are retracted.
+            make = partial(self.questions, HEAVY, self._users(server, 0.9, HEAVY))
+            before = self.load(server, make(1))
             with ThreadPoolExecutor(1) as executor:
-                loading = executor.submit(self.load, server, self.workload(32, sessions=96, seed=2))
-                for _ in range(2):
-                    time.sleep(BEFORE_SECONDS)
-                    command = [sys.executable, "-c", TAKER, str(TAKEN_BYTES), "8"]
-                    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-                    taken = int(done.stdout or 0)
-                    print(f"  the neighbour took {taken / 1e9:.1f} GB {done.stderr[-200:]}")
-                    self.results.add("neighbour", name, "taken by it", "B", [taken])
+                enough = threading.Event()
+                loading = executor.submit(self.load_until, enough, server, make)
+                try:
+                    for _ in range(2):
+                        time.sleep(BEFORE_SECONDS)
+                        command = [sys.executable, "-c", TAKER, str(TAKEN_BYTES), "8"]
+                        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                        taken = int(done.stdout or 0)
+                        print(f"  the neighbour took {taken / 1e9:.1f} GB {done.stderr[-200:]}")
+                        self.results.add("neighbour", name, "taken by it", "B", [taken])
+                finally:
+                    enough.set()
                 during = loading.result()
             self.note(before, "neighbour: before", name)
             self.note(during, "neighbour: while it takes and gives back", name)
@@ -233,17 +258,44 @@ class Questions:
         """The same traffic in both cases; a burst is one server's, the other one has served and waits."""
         for impl, share in (("a half each", 0.5), ("elastic", 1.0)):
             with self.servers("vtensor-auto", "vtensor-auto") as servers, self.watched("pair", impl, servers) as watch:
-                capacity = min(server.vtensor()["limit_bytes"] for server in servers)
+                free = self._free_bytes(servers)
                 for server in servers:
-                    self.set_limit(server, int(capacity * share))
+                    self.set_limit(server, int(min(share * free, server.vtensor()["limit_bytes"])))
+                stride_bytes = servers[0].vtensor()["token_stride_bytes"]
+                users = max(2, int(0.7 * free / stride_bytes / self.questions(BURST, 1).longest))
+                print(f"  {impl}: {free / GIB:.1f} GiB are free, {users} users in a burst", flush=True)
                 runs: list[Run] = []
                 for turn in range(4):  # A, B, A, B: the second time with the histories of the first
-                    run = self.load(servers[turn % 2], self.workload(32, sessions=48, seed=10 + turn % 2, shared=True))
+                    run = self.load(servers[turn % 2], self.questions(BURST, users, 10 + turn % 2))
                     runs.append(run)
                     print(f"  {impl} burst {turn + 1}: {_shown(run)}", flush=True)
                 for part, chosen in (("first bursts", runs[:2]), ("second bursts", runs[2:])):
                     self.note(Run.joined(chosen), f"pair, {part}", impl)
                 self.row_of(watch.looks, "pair", impl)
+
+    def grow(self) -> None:
+        """One server, twice: first its pool grows under the load; then all of it is backed and nothing is created."""
+        name = "vtensor-auto+vtensor-idle-seconds=0"
+        with self.servers(name) as (server,), self.watched("grow", name, [server]) as watch:
+            users = self._users(server, 0.95, GROWING)
+            for number, impl in enumerate(("growing", "backed before", "growing", "backed before")):
+                created = server.vtensor()["pages_created"]
+                start_s = watch.now_s
+                run = self.load(server, self.questions(GROWING, users, seed=number))
+                created = server.vtensor()["pages_created"] - created
+                self.note(run, "grow", impl)
+                late_ms = sorted(late for sample in run.samples for late in _late_ms(sample))
+                self.results.add("grow", impl, "pages created", "1", [created])
+                self.results.add(
+                    "grow", impl, "latest token beyond its neighbours", "ms", late_ms[-1:] or [float("nan")]
+                )
+                self.results.add("grow", impl, "tokens later than 5 ms", "1", [sum(late > 5 for late in late_ms)])
+                shown = ", ".join(f"{late:.2f}" for late in late_ms[-5:])
+                print(f"  {impl}: {created} pages created; {len(late_ms)} gaps, most beyond the median: {shown} ms")
+                self.row_of(watch.between(start_s, watch.now_s), "grow", impl)
+                if number % 2:
+                    server.flush()  # gives the memory back
+                    time.sleep(1)
 
     def replicas(self) -> None:
         if torch.cuda.is_available() and torch.cuda.device_count() < 2:
@@ -312,21 +364,51 @@ class Questions:
             path = self.options.out / f"{question}-{impl.replace(' ', '-')}.csv"
             with path.open("w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(("seconds", "device_bytes", "backed_bytes", "in_use_bytes", "limit_bytes"))
+                writer.writerow(
+                    ("seconds", "device_bytes", "backed_bytes", "in_use_bytes", "live_bytes", "limit_bytes")
+                )
                 writer.writerows(
-                    (f"{one.at_s:.2f}", one.device, one.backed, one.in_use, one.limit) for one in watch.looks
+                    (f"{one.at_s:.2f}", one.device, one.backed, one.in_use, one.live, one.limit) for one in watch.looks
                 )
 
-    def workload(self, users: int, *, sessions: int, seed: int = 1, shared: bool = False) -> workloads.Workload:
-        """Chats of a few turns; ``shared``: questions behind long prompts that groups of users share."""
-        built = workloads.build("shared-many" if shared else "single", seed, scale=self.options.scale, users=sessions)
+    def workload(self, users: int, *, sessions: int, seed: int = 1) -> workloads.Workload:
+        """Questions that share nothing."""
+        built = workloads.build("single", seed, scale=self.options.scale, users=sessions)
         return replace(built, sessions=built.sessions[:sessions], users=users)
+
+    def questions(self, kind: workloads.Kind, users: int, seed: int = 1) -> workloads.Workload:
+        """``users`` who all come at once, one session each."""
+        built = workloads.build(kind, seed, scale=self.options.scale, users=users)
+        return replace(built, sessions=built.sessions[:users], users=users)
+
+    def _users(self, server: Remote, share: float, kind: workloads.Kind) -> int:
+        """So many that their tokens fill this share of the server's limit; no batch beyond those with a graph."""
+        figures = server.vtensor()
+        tokens = share * figures["limit_bytes"] / figures["token_stride_bytes"]
+        return max(2, min(MOST_USERS, int(tokens / self.questions(kind, 1).longest)))
+
+    @staticmethod
+    def _free_bytes(servers: list[Server]) -> int:
+        """What servers that have just started could take between them."""
+        limits = [server.vtensor()["limit_bytes"] for server in servers]
+        if not torch.cuda.is_available():
+            return int(min(limits))
+        free_bytes, _ = torch.cuda.mem_get_info()
+        backed = sum(server.vtensor()["backed_bytes"] for server in servers)
+        return int(min(free_bytes + backed - GIB, sum(limits)))
 
     def load(self, server: Remote, workload: workloads.Workload) -> Run:
         async def timed() -> Run:
             return await asyncio.wait_for(play(server.url, workload, progress=False), max(1.0, self.left_s))
 
         return asyncio.run(timed())
+
+    def load_until(self, enough: threading.Event, server: Remote, make: Callable[[int], workloads.Workload]) -> Run:
+        """One load after another, each with a seed of its own: prompts that are cached would cost nothing."""
+        runs: list[Run] = []
+        while not runs or not enough.is_set():
+            runs.append(self.load(server, make(1 + len(runs))))
+        return Run.joined(runs)
 
     def set_limit(self, server: Remote, num_bytes: int) -> None:
         body = {"server_args": {"vtensor_memory_limit_bytes": num_bytes}}
@@ -354,6 +436,9 @@ class Questions:
         if looks[0].limit:
             self.results.add(case, impl, "KV memory backed", "B", [one.backed for one in looks])
             self.results.add(case, impl, "KV memory in use", "B", [one.in_use for one in looks])
+            self.results.add(case, impl, "KV memory of live tokens", "B", [one.live for one in looks])
+            idle = [one.backed - one.live for one in looks]
+            self.results.add(case, impl, "KV memory backed beyond live tokens", "B", idle)
             shown += f", of it {np.median([one.backed for one in looks]) / GIB:.3f} backed for KV"
             shown += f", {np.median([one.in_use for one in looks]) / GIB:.3f} in use"
         print(shown, flush=True)
@@ -372,6 +457,15 @@ def _shown(run: Run) -> str:
     figures = summarize(run) | percentiles([sample for sample in run.samples if not sample.error])
     names = ("throughput", "ttft_p50", "ttft_p99", "itl_p99", "cached_share", "errors")
     return ", ".join(f"{name} {figures[name]:.4g}" for name in names if name in figures)
+
+
+def _late_ms(sample: Sample) -> list[float]:
+    """How much later than its neighbours each token came; of the part where no prompt is computed between answers."""
+    gaps = 1000 * np.array(sample.gaps_s[len(sample.gaps_s) // 4 :])
+    if len(gaps) < 2 * NEIGHBOURS:
+        return []
+    windows = np.lib.stride_tricks.sliding_window_view(gaps, NEIGHBOURS)
+    return list(map(float, gaps[NEIGHBOURS // 2 :][: len(windows)] - np.median(windows, axis=1)))
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -154,7 +154,7 @@ TABLE = {
 
 
 def build(
-    name: str,
+    name: str | Kind,
     seed: int,
     *,
     scale: float = 1.0,
@@ -163,7 +163,7 @@ def build(
     rate: float = 0.0,
     users: int = 0,
 ) -> Workload:
-    """One workload of the table.
+    """One workload of the table, or of a kind that is not in it.
 
     Args:
         text: words in place of token ids.
@@ -174,7 +174,8 @@ def build(
     Raises:
         KeyError: no such name.
     """
-    kind = TABLE[name]
+    kind = TABLE[name] if isinstance(name, str) else name
+    name = name if isinstance(name, str) else kind.what
     draw = random.Random(f"{name} {seed}")
 
     def number(count: int) -> int:

@@ -26,10 +26,16 @@ PAGES_CREATED_AT_ONCE = 8
 PAGES_EVICTED_AT_ONCE = 256
 LOOK_SECONDS = 0.5
 """How often the age of the cache and the device's free memory are looked at."""
+HASTY_LOOK_SECONDS = 0.1
+"""The same by an idle server while memory is short."""
 MARGIN_BYTES = 512 << 20
 """Device memory that is never taken: other allocations of this process and its neighbours need some."""
 NEIGHBOUR_SECONDS = 30.0
 """While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
+IDLE_NEIGHBOUR_SECONDS = 5.0
+"""The same of a server without work: what its users lose is computed again, what a neighbour lacks holds it up now."""
+MOST_HASTE = 16
+"""What is let go for neighbours doubles while they take it, up to so many times what is missing at each look."""
 PAGES_BESIDE_A_REQUEST = 2
 RELEASE_AGAIN_SECONDS = 5.0
 SAY_SECONDS = 30.0
@@ -65,6 +71,7 @@ class MemoryPolicy:
         self.full_request_lens = (0, 0)
         """SGLang's bounds when there is no limit."""
         self._idle_since: float | None = None
+        self._haste = 1
         self._next_look = 0.0
         self._next_release = 0.0
         self._next_decision = 0.0
@@ -117,8 +124,8 @@ class MemoryPolicy:
         if self.pool.pages_beyond_limit:
             self._follow_limit(tree_cache)
         if now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
             short = self._release_for_neighbours()
+            self._next_look = now + (HASTY_LOOK_SECONDS if short and self._yields(now) else LOOK_SECONDS)
             if self.ranks is not None:
                 possible = self.pool.pages.possible()
                 if possible is not None:  # else what was said last holds
@@ -168,7 +175,7 @@ class MemoryPolicy:
 
         The reserve stays, so that what is let go here is not taken again by the next step.
 
-        Returns how many pages are missing after that.
+        Returns how many pages are missing beyond those that are free.
         """
         margin_bytes = self.pool.pages.margin_bytes
         if not margin_bytes:
@@ -178,11 +185,17 @@ class MemoryPolicy:
             return 0
         short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
         if short <= 0:
+            self._haste = 1
             return 0
-        released = self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE))
-        if released:
+        spare = max(0, self.pool.pages.num_free_backed - self.reserve_pages)
+        if self._release(self.reserve_pages, min(short * self._haste, PAGES_RELEASED_AT_ONCE)):
+            self._haste = min(2 * self._haste, MOST_HASTE)
             self._say("neighbours", "the device has %s free: free pages go back to it", format_bytes(free_bytes))
-        return short - released
+        return max(0, short * self._haste - spare)
+
+    def _yields(self, now: float) -> bool:
+        """Whether nobody has waited for this server for a while."""
+        return self._idle_since is not None and now - self._idle_since >= IDLE_NEIGHBOUR_SECONDS
 
     def note_shortage(self) -> None:
         """Space was refused. Where it is the device that has none, the log says so: requests wait or are retracted."""
@@ -212,7 +225,8 @@ class MemoryPolicy:
         if self.config.cache_seconds:
             surplus = tree_cache.evictable_size() // self.pool.layout.page_tokens - self._keep_pages
             expired = tree_cache.old_pages(now - self.config.cache_seconds, min(surplus, PAGES_EVICTED_AT_ONCE))
-        return max(expired, tree_cache.old_pages(now - NEIGHBOUR_SECONDS, min(short, PAGES_EVICTED_AT_ONCE)))
+        age = IDLE_NEIGHBOUR_SECONDS if self._yields(now) else NEIGHBOUR_SECONDS
+        return max(expired, tree_cache.old_pages(now - age, min(short, PAGES_EVICTED_AT_ONCE)))
 
     def flushed(self) -> None:
         """The cache has been emptied by hand: its memory goes at once."""

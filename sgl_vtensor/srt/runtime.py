@@ -287,8 +287,12 @@ class Runtime:
 
     def figures(self, scheduler: Any) -> dict[str, Any]:
         """The vtensor section of ``/server_info``; no text and no token ids."""
-        more = {"replica": get_parallel().dp_rank or 0, "requests_waiting": len(scheduler.waiting_queue)}
-        return self.stats(scheduler.tree_cache) | more
+        stats = self.stats(scheduler.tree_cache)
+        return stats | {
+            "replica": get_parallel().dp_rank or 0,
+            "requests_waiting": len(scheduler.waiting_queue),
+            "tokens_live": stats["pages_cached"] * self.pool.layout.page_tokens + _own_tokens(scheduler),
+        }
 
     def stats(self, tree_cache: Any) -> dict[str, Any]:
         """What of it does not depend on the queue."""
@@ -316,6 +320,15 @@ class Runtime:
             "pages_cached": (tree_cache.evictable_size() + tree_cache.protected_size()) // layout.page_tokens,
             "stock_bytes": (pages.num_pages + 1) * layout.page_tokens * layout.token_bytes,
         }
+
+
+def _own_tokens(scheduler: Any) -> int:
+    """Tokens of running requests that the tree does not hold."""
+    batches = (scheduler.running_batch, scheduler.last_batch)
+    running = {id(req): req for batch in batches if batch is not None for req in batch.reqs}
+    if scheduler.chunked_req is not None:
+        running[id(scheduler.chunked_req)] = scheduler.chunked_req
+    return sum(max(0, req.kv.kv_allocated_len - req.kv.cache_protected_len) for req in running.values())
 
 
 def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:

@@ -63,7 +63,7 @@ def runs(folder: Path) -> list[dict[str, Any]]:
 
 def test_servers_are_measured_in_turn_with_the_same_traffic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     servers = {"a": FakeServer(0.004, "x"), "b": FakeServer(0.012, "y")}
-    assert compared(tmp_path, servers, "--workload", "single", "--rounds=2", "--users=2") == 0
+    assert compared(tmp_path, servers, "--workload", "single@2", "--rounds=2") == 0
     order = [(run["server"], run["seed"], run["state"]) for run in runs(tmp_path)]
     assert order == [(name, seed, state) for seed in (1, 2) for state in ("cold", "warm") for name in ("a", "b")]
     asked = [sorted(str(body) for body in server.bodies) for server in servers.values()]
@@ -160,3 +160,10 @@ def test_plots_hold_every_point_inside(tmp_path: Path) -> None:
     assert "t &lt; u" in text and ">200</text>" in text
     line_plot(tmp_path / "none.svg", "t", "x", "y", {})
     assert not (tmp_path / "none.svg").exists()
+
+
+@pytest.mark.parametrize("name", ["sprint", "single@", "single@0", "single@two", "@2"])
+def test_a_workload_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--workload", name, f"--out={tmp_path}"])
+    assert f"{name!r} is no workload; say NAME or NAME@USERS" in capsys.readouterr().err

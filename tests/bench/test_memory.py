@@ -37,7 +37,14 @@ class Limited(FakeServer):
             limit = value
             if time.monotonic() - at_s >= self.obeys_after_s:
                 backed = value
-        pool = {"backed_bytes": backed, "limit_bytes": limit, "page_bytes": 10, "pages_in_use": 3}
+        pool = {
+            "backed_bytes": backed,
+            "limit_bytes": limit,
+            "page_bytes": 10,
+            "pages_in_use": 3,
+            "tokens_live": 5,
+            "token_stride_bytes": 4,
+        }
         return web.json_response({"internal_states": [{"vtensor": pool}]})
 
     async def set_limit(self, request: web.Request) -> web.Response:

@@ -39,7 +39,7 @@ class Pool(FakeServer):
         figures = {
             "num_pages": PAGES, "page_bytes": 10, "limit_bytes": self.limits[-1] if self.limits else 10 * PAGES,
             "backed_bytes": 10, "pages_backed": 0, "pages_in_use": 0, "pages_free_backed": 0, "pages_fenced": 0,
-            "rows_running": 0, "requests_waiting": 0, "mappings": 7,
+            "tokens_live": 0, "token_stride_bytes": 1, "rows_running": 0, "requests_waiting": 0, "mappings": 7,
             "driver_calls": {"reserve": 3, "free_reservation": 1, "create": 9, "release": 8, "map": 20, "unmap": 12},
         }  # fmt: skip
         if len(self.limits) > 2 and self.loses:

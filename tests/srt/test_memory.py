@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory, VTensorErr
 from sgl_vtensor.srt.agree import NUM_DIGESTS, Decision, Ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator, VTensorPrefillBudget
 from sgl_vtensor.srt.memory import (
+    IDLE_NEIGHBOUR_SECONDS,
     LOOK_SECONDS,
     NEIGHBOUR_SECONDS,
     PAGES_CREATED_AT_ONCE,
@@ -369,6 +371,36 @@ def test_a_hungry_neighbour_gets_free_pages_and_old_prefixes(world: World) -> No
         world.policy.step(world.tree, NEIGHBOUR_SECONDS + look)
     assert world.num_backed == 30 + 4
     assert len(world.tree.evictable_leaves) == 30, "what was used lately stays"
+
+
+def test_an_idle_server_yields_to_a_neighbour_sooner_and_ever_faster(world: World) -> None:
+    """A burst next door wants more than one look asks for; who is idle is not waited for."""
+    page_bytes = world.pool.layout.page_bytes
+    world.run(1, 100)
+    world.end(1, now=0.0)
+    world.policy.reserve_pages = 0
+    world.pool.pages.margin_bytes = 2 * page_bytes
+    now, backed = 0.0, []
+
+    def idle_until(end: float) -> None:
+        nonlocal now
+        while now < end:
+            world.driver.capacity_bytes = world.driver.physical_bytes + page_bytes  # the neighbour takes what there is
+            world.policy.idle(world.tree, now)
+            backed.append(world.num_backed)
+            now += 0.01
+
+    idle_until(IDLE_NEIGHBOUR_SECONDS - 0.1)
+    assert world.num_backed == 100, "its users may come back at once"
+    idle_until(IDLE_NEIGHBOUR_SECONDS + 1.5)
+    assert world.num_backed == 0, "all of it, soon"
+    given = [before - after for before, after in pairwise(backed) if before != after]
+    assert given[0] == 3 and max(given) > 10, "little at first: a neighbour may want no more"
+    world.run(2, 50)
+    world.end(2, now=now)
+    world.policy.launched()
+    idle_until(now + IDLE_NEIGHBOUR_SECONDS - 0.1)
+    assert world.num_backed == 50, "it has worked in the meantime"
 
 
 def test_the_reserve_is_filled_behind_launches_a_few_pages_at_a_time(world: World) -> None:
