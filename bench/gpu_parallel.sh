@@ -7,13 +7,13 @@
 #            graphs and overlap on; chats and agents in turn. Ranks compare their decisions at every eighth launch.
 # soak       the same on vTensor memory with --vtensor-debug: overload, aborts, limits, flushes (bench/soak.py)
 # replicas   --dp-size 2: one load, the limit lowered under it, top and limit of each replica (bench/memory.py)
-# large      a 70B shape at --tp-size 2, stock fa3 and then vtensor-auto; chats. 80 layers are 139 GB: on 80 GB
+# large      a 70B shape at --tp-size 2, stock fa3 and then vtensor-auto; gsp. 80 layers are 139 GB: on 80 GB
 #            cards 40 of them
 # answers    first-token logprobs at --tp-size 2 against stock's, of a small random model for which the prompt matters
 #
 # In ten minutes there is time for two or three of these: pair and soak, then replicas, large and answers. bench/session.sh
 # says how steps are run. In $OUT, beside what gpu_session.sh leaves: gpus.csv, each GPU's memory in use, second by second.
-#   WORKLOADS  of pair (chat agent)     PAIR_SECONDS  (300)     SOAK_SECONDS  (150)
+#   WORKLOADS  of pair (gsp agent)     PAIR_SECONDS  (300)     SOAK_SECONDS  (150)
 #   LAYERS  of large: above 40 on 80 GB cards with a small pool, and no more than its weights leave
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -93,7 +93,7 @@ for name in $steps; do
   case $name in
     pair)
       compare pair "${PAIR_SECONDS:-300}" "${model[@]}" --group "$stock" vtensor-auto --longest-probe 0 \
-        --workload ${WORKLOADS:-chat agent} -- --tp-size 2 "${dummy[@]}" "${pool[@]}"
+        --workload ${WORKLOADS:-gsp agent} -- --tp-size 2 "${dummy[@]}" "${pool[@]}"
       ;;
     soak)
       soak_s=${SOAK_SECONDS:-150}
@@ -108,7 +108,7 @@ for name in $steps; do
     large)
       [ "$num_gpus" -eq 0 ] || write_large_model
       compare large 360 "${large_model[@]}" --group "$stock" --group vtensor-auto --longest-probe 0 \
-        --workload chat -- --tp-size 2 "${dummy[@]}" "${large[@]}"
+        --workload gsp -- --tp-size 2 "${dummy[@]}" "${large[@]}"
       ;;
     answers)
       compare answers 200 "${random[@]}" --group "$stock" vtensor-auto --workload shared-few --states cold \

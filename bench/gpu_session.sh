@@ -14,7 +14,9 @@
 # bench/session.sh says how steps are run. In $OUT: summary.txt, rows to append to bench/results by the same names,
 # runs.jsonl, memcheck.log, logs.tar.gz and caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a
 # GPU it is a dry run on a tiny model.
-#   WORKLOADS  (gsp)      ROUNDS  (1)      QUESTIONS  of memory.py (all)      SOAK  flags of soak.py (--debug)
+#   WORKLOADS  (gsp)      ROUNDS  (1)      STATES  (cold warm)      QUESTIONS  of memory.py (all)
+#   SOAK  flags of soak.py (--debug)      PORT  of the first server of compare.py: sessions side by side need their own
+#   POOL  tokens of each server that is compared (100000: two of an 8B shape fit 80 GB; 360000 for one, with SHARE=0.85)
 #   SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
 #   TOOL  of compute-sanitizer (memcheck), and on which tests: CHECKED  (hopper)
 set -u
@@ -33,8 +35,8 @@ if [ "$num_gpus" -gt 0 ]; then
     IFS=';' read -ra asked <<< "$SERVERS"
     for group in "${asked[@]}"; do groups+=(--group $group); done
   fi
-  flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --mem-fraction-static 0.8
-    --max-total-tokens 100000 --skip-server-warmup --cuda-graph-max-bs-decode 64)
+  flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --mem-fraction-static "${SHARE:-0.8}"
+    --max-total-tokens "${POOL:-100000}" --skip-server-warmup --cuda-graph-max-bs-decode 64)
   # The pool as large as it gets, since what it takes of it is the question.
   memory_flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --mem-fraction-static 0.85
     --skip-server-warmup --cuda-graph-max-bs-decode 64 --cuda-graph-backend-prefill disabled)
@@ -55,7 +57,8 @@ for name in $steps; do
       budget_s=$(($(left) - reserve_s))
       # Its own budget ends it in order; the limit behind it is for the case that it does not.
       step servers $((budget_s + 15)) "$python" bench/compare.py "${model[@]}" "${groups[@]}" \
-        --workload ${WORKLOADS:-gsp} --rounds "${ROUNDS:-1}" --budget-seconds "$budget_s" --out "$work/servers" -- "${flags[@]}"
+        --workload ${WORKLOADS:-gsp} --states ${STATES:-cold warm} --rounds "${ROUNDS:-1}" --port "${PORT:-30000}" \
+        --budget-seconds "$budget_s" --out "$work/servers" -- "${flags[@]}"
       ;;
     memcheck)
       if command -v compute-sanitizer > /dev/null; then

@@ -3,30 +3,47 @@
 # much in the same ten minutes. What compares servers belongs into one command, on one GPU.
 #
 #   OUT=DIR bench/gpu_streams.sh 'QUESTIONS=curve bench/gpu_session.sh memory' 'bench/gpu_session.sh soak'
+#   OUT=DIR bench/gpu_streams.sh 'bench/gpu_session.sh memory' '2@bench/gpu_parallel.sh pair'
 #
-# The first command gets GPU 0 and OUT=DIR/0, and so on; where there is no GPU, its share of the cores only.
+# The first command gets GPU 0 and OUT=DIR/0, and so on; N@COMMAND gets the next N of them. Where there is no GPU, its share
+# of the cores only.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${OUT:?where the results are to go}")
-[ $# -gt 0 ] || { sed -n '2,8s/^# \?//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,10s/^# \?//p' "$0"; exit 2; }
 
 gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU')
-if [ "$gpus" -gt 0 ] && [ "$gpus" -lt $# ]; then
-  echo "$# commands, but $gpus GPUs: give at most one command a GPU" >&2
+wanted=0
+for command in "$@"; do
+  if [[ $command =~ ^([0-9]+)@ ]]; then wanted=$((wanted + BASH_REMATCH[1])); else wanted=$((wanted + 1)); fi
+done
+if [ "$gpus" -gt 0 ] && [ "$gpus" -lt $wanted ]; then
+  echo "the commands want $wanted GPUs, but there are $gpus" >&2
+  exit 2
+fi
+if [ "$gpus" -gt 0 ] && [ ! -f .gpu/env.sh ] && ! "${PYTHON:-python3}" -c '
+from importlib.util import find_spec as find
+raise SystemExit(not (find("sglang") and find("sgl_vtensor")))'; then
+  echo "SGLang and sgl_vtensor are not installed here, and no .gpu/ has come along: run bench/pack_gpu.sh first" >&2
   exit 2
 fi
 # Here and not in each of them: they would unpack the same files at once.
 if [ "$gpus" -gt 0 ] && [ -f .gpu/env.sh ]; then source .gpu/env.sh; fi
 
-cores=$(($(nproc) / $#))
+cores=$(($(nproc) / wanted))
 work=$(mktemp -d /tmp/gpu-streams.XXXXXX)
 pids=()
+first=0 # GPU of the next command
 for number in $(seq 0 $(($# - 1))); do
   mkdir "$work/$number"
+  command=$1 most=1
+  if [[ $1 =~ ^([0-9]+)@(.*)$ ]]; then most=${BASH_REMATCH[1]} command=${BASH_REMATCH[2]}; fi
   share=()
-  [ "$cores" -eq 0 ] || share=(taskset --cpu-list "$((number * cores))-$(((number + 1) * cores - 1))")
-  OUT=$work/$number CUDA_VISIBLE_DEVICES=$number "${share[@]}" bash -c "$1" > "$work/$number/output.log" 2>&1 &
+  [ "$cores" -eq 0 ] || share=(taskset --cpu-list "$((first * cores))-$(((first + most) * cores - 1))")
+  OUT=$work/$number CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + most - 1))) "${share[@]}" bash -c "$command" \
+    > "$work/$number/output.log" 2>&1 &
   pids+=($!)
+  first=$((first + most))
   shift
 done
 trap 'kill "${pids[@]}" 2> /dev/null' TERM INT

@@ -59,6 +59,8 @@ WATCH_SECONDS = 0.25
 BEFORE_SECONDS = 3.0
 """From when a load begins to what is done to it."""
 FOLLOW_SECONDS = 10.0
+CACHE_SECONDS = 15.0
+"""How long the server whose curve is drawn keeps a prefix that nobody asks for."""
 NEIGHBOURS = 21
 """Gaps between tokens that one of them is compared with."""
 LOW_SHARE = 1 / 6
@@ -170,18 +172,20 @@ class Questions:
 
     def curve(self) -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
-        for name in ("vtensor-auto", self.options.stock):
+        for name in (f"vtensor-auto+vtensor-cache-seconds={CACHE_SECONDS:g}", self.options.stock):
             with self.servers(name) as (server,), self.watched("curve", name, [server]) as watch:
                 self.phase(watch, name, "started", 3.0)
                 for users in (1, 8, 32):
                     start_s = watch.now_s
-                    load = self.questions(RISING, 2 * users, seed=users)
+                    load = self.questions(RISING, max(8, 2 * users), seed=users)
                     run = self.load(server, replace(load, users=users))
                     self.note(run, f"curve batch {users}", name)
                     self.row_of(watch.between(start_s, watch.now_s), f"curve batch {users}", name)
                 self.phase(watch, name, "after load", 2.0)
                 time.sleep(self.options.idle_seconds + 2)
                 self.phase(watch, name, "idle, cache kept", 3.0)
+                time.sleep(CACHE_SECONDS)
+                self.phase(watch, name, "idle, cache expired", 3.0)
                 server.flush()
                 time.sleep(1)
                 self.phase(watch, name, "idle, flushed", 3.0)

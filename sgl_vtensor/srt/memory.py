@@ -158,7 +158,7 @@ class MemoryPolicy:
             return
         self._release(0, PAGES_RELEASED_AT_ONCE)
         if not self.pool.pages.num_free_backed:
-            logger.info("vTensor memory: idle, %d pages given back since the start", self.pool.pages.num_released)
+            self._say("idle", "idle, %d pages given back since the start", self.pool.pages.num_released)
 
     def _follow_limit(self, tree_cache: Any) -> None:
         """Cached prefixes go first. Requests that run keep what they have: admission waits for them."""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -131,13 +132,14 @@ def test_two_gpus_where_only_nccl_reduces(tmp_path: Path) -> None:
     assert done.returncode == 1, "the first attempt failed, and that is told"
 
 
-def streams(folder: Path, *commands: str) -> subprocess.CompletedProcess[str]:
+def streams(folder: Path, *commands: str, root: str = str(ROOT), **variables: str) -> subprocess.CompletedProcess[str]:
     """On a machine of two GPUs, as far as ``nvidia-smi`` says."""
     (folder / "nvidia-smi").write_text(TWO_GPUS)
     (folder / "nvidia-smi").chmod(0o755)
     more = {"OUT": str(folder / "out"), "PATH": f"{folder}:{os.environ['PATH']}", "PACK_SECONDS": "0.1"}
+    more |= {"PYTHON": sys.executable} | variables
     return subprocess.run(
-        [ROOT / "bench" / "gpu_streams.sh", *commands],
+        [f"{root}/bench/gpu_streams.sh", *commands],
         env=os.environ | more,
         capture_output=True,
         text=True,
@@ -156,8 +158,22 @@ def test_streams_have_a_gpu_each_and_one_that_fails_does_not_end_the_other(tmp_p
 
 def test_streams_say_what_they_cannot_do(tmp_path: Path) -> None:
     done = streams(tmp_path, "true", "true", "true")
-    assert done.returncode == 2 and "3 commands, but 2 GPUs" in done.stderr
+    assert done.returncode == 2 and "want 3 GPUs, but there are 2" in done.stderr
+    assert streams(tmp_path, "true", "2@true").returncode == 2
     assert streams(tmp_path).returncode == 2
+    assert streams(tmp_path, "true", "1@true").returncode == 0
+    bare = tmp_path / "bare-python"
+    bare.write_text(f'#!/bin/bash\nexec {sys.executable} -S -I "$@"\n')
+    bare.chmod(0o755)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(ROOT / "bench", tmp_path / "elsewhere/bench", ignore=shutil.ignore_patterns("results"))
+    done = streams(tmp_path, "true", root=str(tmp_path / "elsewhere"), PYTHON=str(bare))
+    assert done.returncode == 2 and "run bench/pack_gpu.sh first" in done.stderr
+
+
+def test_a_stream_can_have_several_gpus(tmp_path: Path) -> None:
+    done = streams(tmp_path, "2@echo on GPUs $CUDA_VISIBLE_DEVICES")
+    assert done.returncode == 0 and "on GPUs 0,1" in done.stdout
 
 
 def test_the_scripts_are_bash() -> None:
