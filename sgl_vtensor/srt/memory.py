@@ -27,15 +27,13 @@ PAGES_EVICTED_AT_ONCE = 256
 LOOK_SECONDS = 0.5
 """How often the age of the cache and the device's free memory are looked at."""
 HASTY_LOOK_SECONDS = 0.1
-"""The same by an idle server while memory is short."""
+"""The same by an idle server while memory is short: a neighbour's prompts fill several GiB a second."""
 MARGIN_BYTES = 512 << 20
 """Device memory that is never taken: other allocations of this process and its neighbours need some."""
 NEIGHBOUR_SECONDS = 30.0
 """While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
 IDLE_NEIGHBOUR_SECONDS = 5.0
 """The same of a server without work: what its users lose is computed again, what a neighbour lacks holds it up now."""
-MOST_HASTE = 16
-"""What is let go for neighbours doubles while they take it, up to so many times what is missing at each look."""
 PAGES_BESIDE_A_REQUEST = 2
 RELEASE_AGAIN_SECONDS = 5.0
 SAY_SECONDS = 30.0
@@ -71,7 +69,6 @@ class MemoryPolicy:
         self.full_request_lens = (0, 0)
         """SGLang's bounds when there is no limit."""
         self._idle_since: float | None = None
-        self._haste = 1
         self._next_look = 0.0
         self._next_release = 0.0
         self._next_decision = 0.0
@@ -131,7 +128,10 @@ class MemoryPolicy:
                 if possible is not None:  # else what was said last holds
                     self.ranks.publish(possible)
             else:
-                self.pages_evicted_by_age += self._evict(tree_cache, self._old_pages(tree_cache, now, short))
+                evicted = self._evict(tree_cache, self._old_pages(tree_cache, now, short))
+                self.pages_evicted_by_age += evicted
+                if evicted and short and self._yields(now):
+                    self._release_for_neighbours()
 
     def launched(self) -> None:
         """Behind a launch, while the GPU computes: a few pages ahead of need, so that a decode step waits for none.
@@ -185,13 +185,11 @@ class MemoryPolicy:
             return 0
         short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
         if short <= 0:
-            self._haste = 1
             return 0
         spare = max(0, self.pool.pages.num_free_backed - self.reserve_pages)
-        if self._release(self.reserve_pages, min(short * self._haste, PAGES_RELEASED_AT_ONCE)):
-            self._haste = min(2 * self._haste, MOST_HASTE)
+        if self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE)):
             self._say("neighbours", "the device has %s free: free pages go back to it", format_bytes(free_bytes))
-        return max(0, short * self._haste - spare)
+        return max(0, short - spare)
 
     def _yields(self, now: float) -> bool:
         """Whether nobody has waited for this server for a while."""
