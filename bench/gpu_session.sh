@@ -10,6 +10,7 @@
 # tests      that need a GPU: kernels, drivers, core
 # commands   doctor, plan, and what looking costs the scheduler's thread there (bench_core.py)
 # grid       the kernels over all shapes, against all baselines
+# programs   the frontend programs of examples/ (programs.py)
 #
 # bench/session.sh says how steps are run. In $OUT: summary.txt, rows to append to bench/results by the same names,
 # runs.jsonl, memcheck.log, logs.tar.gz and caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a
@@ -85,6 +86,10 @@ for name in $steps; do
       if [ "$num_gpus" -gt 0 ]; then step plan 60 "$python" -m sgl_vtensor plan "${MODEL:-.gpu/llama8b}"; fi
       step overhead 240 "$python" bench/bench_core.py --steps 30 --trace --no-record
       ;;
+    programs)
+      step programs 400 "$python" bench/programs.py "${model[@]}" --out "$work/programs" -- "${memory_flags[@]}" \
+        ${memory_flags:+--grammar-backend xgrammar}
+      ;;
     grid)
       for bench in prefill decode; do
         share_s=$(($(left) / ($([ $bench = prefill ] && echo 2 || echo 1))))
@@ -93,7 +98,7 @@ for name in $steps; do
       done
       ;;
     *)
-      say "no step $name; there are servers, memcheck, memory, soak, tests, commands and grid"
+      say "no step $name; there are servers, memcheck, memory, soak, tests, commands, programs and grid"
       status=1
       ;;
   esac
