@@ -10,7 +10,8 @@ import programs
 import pytest
 from results import Results
 
-SAID = "4 requests: 525 prompt tokens, 345 cached (66%)\npages of 16 tokens: 20 taken from the cache whole, at most 3 shared"
+SAID = """4 requests: 525 prompt tokens, 345 cached (66%)
+pages of 16 tokens: 20 taken from the cache whole, at most 3 shared by running requests at one time"""
 
 
 def test_figures_become_rows_and_a_failure_is_told(
