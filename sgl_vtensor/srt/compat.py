@@ -64,6 +64,12 @@ HOOKS: tuple[Hook, ...] = (
         "the padding of the token stride counts in SGLang's memory budget",
     ),
     Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
+        HookType.AROUND,
+        pool.pool_budget,
+        "SGLang counts a neighbour's memory as gone; a pool of addresses can grow into what is given back",
+    ),
+    Hook(
         "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool",
         HookType.AFTER,
         runtime.attach,

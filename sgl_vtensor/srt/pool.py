@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.runtime_context import get_schedule
 
+from sgl_vtensor.config import format_bytes
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.errors import ConfigError
@@ -15,6 +18,10 @@ from sgl_vtensor.srt.flags import active_config
 from sgl_vtensor.vmm import open_driver
 
 GIB = 1 << 30
+OTHERS_BYTES = 4 * GIB
+"""What is in use before a server has loaded anything, and more than its own context and communicators take."""
+
+logger = logging.getLogger(__name__)
 
 
 class VTensorKVPool(MHATokenToKVPool):
@@ -85,3 +92,24 @@ def padded_cell_size(cell_size: int, configurator: Any, kvc: Any, num_layers: in
 
     layout = layout_of(kvc.server_args, config, granule_bytes=granule_bytes(kvc.device))
     return -(-cell_size * layout.token_stride_bytes // layout.token_bytes)
+
+
+def pool_budget(original: Callable[..., int], configurator: Any, pre_model_load_memory: float) -> int:
+    """Hook: how much the pool can hold, in bytes, as if this server were alone on its GPU.
+
+    SGLang counts from the memory that is free when a server starts. Ours takes none of it yet, and what a neighbour has
+    now it may give back: a pool that was made while a neighbour's cache was full would be small for ever.
+    """
+    budget = original(configurator, pre_model_load_memory)
+    if active_config() is None or torch.device(configurator.device).type != "cuda":
+        return budget
+    total_bytes = torch.cuda.mem_get_info(configurator.gpu_id)[1]
+    # The free memory is the least of all ranks', so that ranks on GPUs of a kind come to the same.
+    others_bytes = total_bytes - int(pre_model_load_memory * GIB)
+    if others_bytes < OTHERS_BYTES:
+        return budget
+    logger.info(
+        "vTensor memory: other processes have %s of the GPU; the pool can grow into what they give back",
+        format_bytes(others_bytes),
+    )
+    return budget + int(get_schedule().mem_fraction_static * others_bytes)

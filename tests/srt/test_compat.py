@@ -8,8 +8,10 @@ import os
 import pkgutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from server import VTENSOR, environment, launch_command
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -26,6 +28,7 @@ PARAMETERS = {
     "CudaSRTPlatform.get_kv_pool_cls": ["self", "kind"],
     "CudaSRTPlatform.get_paged_allocator_cls": ["self"],
     "DefaultPoolConfigurator._compute_cell_size": ["self", "kvc", "num_layers"],
+    "KVCacheConfigurator._profile_available_bytes": ["self", "pre_model_load_memory"],
     "ModelRunner.alloc_memory_pool": ["self"],
     "allocation.alloc_for_extend": ["batch"],
     "allocation.alloc_for_decode": ["batch"],
@@ -122,13 +125,37 @@ def test_half_a_plugin_has_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_off_means_stock_classes() -> None:
     """The hooks are in place in every SGLang process, but without the switch they answer as SGLang would."""
     from sgl_vtensor.srt.host_platform import HostPlatform
-    from sgl_vtensor.srt.pool import kv_pool_class, padded_cell_size
+    from sgl_vtensor.srt.pool import kv_pool_class, padded_cell_size, pool_budget
 
     platform = HostPlatform()
     assert platform.get_kv_pool_cls(kind="mha") is None
     assert platform.get_paged_allocator_cls() is None
     assert kv_pool_class(lambda platform, *, kind: f"stock {kind}", platform, kind="mha") == "stock mha"
     assert padded_cell_size(100, None, None, 2) is None
+    assert pool_budget(lambda configurator, free: 7, SimpleNamespace(device="cuda", gpu_id=0), 1.0) == 7
+
+
+@pytest.mark.parametrize(
+    ("device", "free_gib", "budget_gib"),
+    [
+        ("cuda", 78.5, 40.0),  # a context of its own
+        ("cuda", 76.5, 40.0),
+        ("cuda", 60.0, 40.0 + 0.5 * 20.0),
+        ("cpu", 60.0, 40.0),
+    ],
+)
+def test_a_pool_is_as_large_as_without_neighbours(
+    monkeypatch: pytest.MonkeyPatch, device: str, free_gib: float, budget_gib: float
+) -> None:
+    """80 GiB, of which ``--mem-fraction-static`` is a half; what others have counts as if it were free."""
+    from sgl_vtensor.config import VTensorConfig
+    from sgl_vtensor.srt import pool
+
+    monkeypatch.setattr(pool, "active_config", VTensorConfig)
+    monkeypatch.setattr(pool, "get_schedule", lambda: SimpleNamespace(mem_fraction_static=0.5))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 << 30, 80 << 30))
+    found = pool.pool_budget(lambda configurator, free: 40 << 30, SimpleNamespace(device=device, gpu_id=0), free_gib)
+    assert found == int(budget_gib * (1 << 30))
 
 
 # A plugin whose hooks SGLang drops without a word in one process: the launching one, or one of its children.
