@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import logprobs
+import models
 import torch
 import workloads
 from costs import UNITS as COSTS
@@ -38,8 +39,6 @@ from servers import Remote, Server, check_names, leave_on_sigterm
 from workloads import Session, Workload
 
 from sgl_vtensor.cli.server import free_port
-from sgl_vtensor.cli.smollm2 import smollm2
-from sgl_vtensor.cli.tiny_model import TinyLlama
 from sgl_vtensor.errors import VTensorError
 
 SHOWN = ("throughput", "output_rate", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "e2e_p50", "cached_share", "errors")
@@ -341,12 +340,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}{workloads.describe()}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model",
-        help="folder with config and tokenizer; 'random': a small one with the heads of an 8B model and weights for "
-        "which the prompt matters, unlike dummy ones; default: SmolLM2, without a GPU a tiny one",
-    )
-    parser.add_argument("--tokenizer", type=Path, help="folder of the random model's tokenizer; default: SmolLM2's")
+    models.add_arguments(parser)
     parser.add_argument("--group", nargs="+", action="append", help="servers that run side by side (bench/servers.py)")
     parser.add_argument(
         "--url", action="append", metavar="NAME=URL", help="servers that run already, in place of --group"
@@ -386,18 +380,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             "no GPU: a small load on a tiny model, on the host driver. It shows that everything works, and counts "
             "cached tokens rightly; its times say nothing about a GPU."
         )
-        options.model = options.model or str(TinyLlama().write(options.out / "tiny-llama", tokenizer=smollm2()))
-        # An idle SGLang server polls: two of them side by side would leave the one that is measured half of two cores.
-        host = "--sleep-on-idle --device=cpu --dtype=float32 --sampling-backend=pytorch --grammar-backend=none"
-        host += " --skip-server-warmup --mem-fraction-static=0.3 --max-total-tokens=32768"
-        options.server_flags = [*host.split(), *options.server_flags]
-    elif not options.url:
-        options.model = options.model or str(smollm2())
-    if options.model == "random" and not options.url:
-        model = TinyLlama(layers=4, heads=32, kv_heads=8, head_dim=128, hidden=1024, max_tokens=16384)
-        options.model = str(model.write(options.out / "random-llama", tokenizer=options.tokenizer or smollm2()))
+        options.server_flags = [*models.HOST_FLAGS, "--max-total-tokens=32768", *options.server_flags]
     if not options.url:
         check_names(parser, {name for group in options.group for name in group})
+        options.model = models.folder_of(options)
     return options
 
 

@@ -17,6 +17,7 @@
 # GPU it is a dry run on a tiny model.
 #   WORKLOADS  (gsp)      ROUNDS  (1)      STATES  (cold warm)      QUESTIONS  of memory.py (all)
 #   SOAK  flags of soak.py (--debug)      PORT  of the first server of compare.py: sessions side by side need their own
+#   MODEL  (.gpu/llama8b, with dummy weights), or random: a small one of which answers can be compared (soak, servers)
 #   POOL  tokens of each server that is compared (100000: two of an 8B shape fit 80 GB; 360000 for one, with SHARE=0.85)
 #   SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
 #   TOOL  of compute-sanitizer (memcheck), and on which tests: CHECKED  (hopper)
@@ -36,12 +37,14 @@ if [ "$num_gpus" -gt 0 ]; then
     IFS=';' read -ra asked <<< "$SERVERS"
     for group in "${asked[@]}"; do groups+=(--group $group); done
   fi
-  flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --mem-fraction-static "${SHARE:-0.8}"
+  shape=${MODEL:-.gpu/llama8b}
+  model=(--model "$shape") weights=(--load-format dummy)
+  if [ "$shape" = random ]; then shape=.gpu/llama8b model+=(--tokenizer .gpu/llama8b) weights=(); fi
+  flags=("${weights[@]}" --sampling-backend pytorch --grammar-backend none --mem-fraction-static "${SHARE:-0.8}"
     --max-total-tokens "${POOL:-100000}" --skip-server-warmup --cuda-graph-max-bs-decode 64)
   # The pool as large as it gets, since what it takes of it is the question.
-  memory_flags=(--load-format dummy --sampling-backend pytorch --grammar-backend none --mem-fraction-static 0.85
+  memory_flags=("${weights[@]}" --sampling-backend pytorch --grammar-backend none --mem-fraction-static 0.85
     --skip-server-warmup --cuda-graph-max-bs-decode 64 --cuda-graph-backend-prefill disabled)
-  model=(--model "${MODEL:-.gpu/llama8b}")
 else
   groups=(--group stock-default vtensor-auto --group vtensor-auto+vtensor-kernel=torch)
   flags=()
@@ -83,7 +86,7 @@ for name in $steps; do
       ;;
     commands)
       step doctor 90 "$python" -m sgl_vtensor doctor
-      if [ "$num_gpus" -gt 0 ]; then step plan 60 "$python" -m sgl_vtensor plan "${MODEL:-.gpu/llama8b}"; fi
+      if [ "$num_gpus" -gt 0 ]; then step plan 60 "$python" -m sgl_vtensor plan "$shape"; fi
       step overhead 240 "$python" bench/bench_core.py --steps 30 --trace --no-record
       ;;
     programs)

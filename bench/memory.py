@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import torch
 import workloads
@@ -44,8 +45,6 @@ from servers import Remote, Server, leave_on_sigterm
 
 from sgl_vtensor.cli.main import main as sgl_vtensor
 from sgl_vtensor.cli.server import free_port
-from sgl_vtensor.cli.smollm2 import smollm2
-from sgl_vtensor.cli.tiny_model import TinyLlama
 from sgl_vtensor.errors import VTensorError
 
 GIB = 1 << 30
@@ -475,7 +474,7 @@ def _late_ms(sample: Sample) -> list[float]:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder with config and tokenizer; default: SmolLM2, without a GPU a tiny one")
+    models.add_arguments(parser)
     parser.add_argument("--ask", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument(
         "--stock", default="stock-fa3" if cuda else "stock-default", help="to compare with (%(default)s)"
@@ -494,11 +493,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.out.mkdir(parents=True, exist_ok=True)
     if not cuda:
         print("no GPU: a small load on a tiny model, on the host driver. Its figures say nothing about a GPU.")
-        options.model = options.model or str(TinyLlama().write(options.out / "tiny-llama", tokenizer=smollm2()))
-        host = "--sleep-on-idle --device=cpu --dtype=float32 --sampling-backend=pytorch --grammar-backend=none"
-        host += " --skip-server-warmup --mem-fraction-static=0.3 --max-total-tokens=8192"
-        options.server_flags = [*host.split(), *options.server_flags]
-    options.model = options.model or str(smollm2())
+        options.server_flags = [*models.HOST_FLAGS, "--max-total-tokens=8192", *options.server_flags]
+    options.model = models.folder_of(options)
     return options
 
 

@@ -16,13 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+import models
 import torch
 from results import Results
 from servers import Server, check_names, leave_on_sigterm
 
 from sgl_vtensor.cli.server import free_port
-from sgl_vtensor.cli.smollm2 import smollm2
-from sgl_vtensor.cli.tiny_model import TinyLlama
 from sgl_vtensor.errors import VTensorError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -61,7 +60,7 @@ def run_all(server: Server, results: Results, out: Path) -> bool:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder with config and tokenizer; default: SmolLM2, without a GPU a tiny one")
+    models.add_arguments(parser)
     parser.add_argument("--server", nargs="+", default=["vtensor-auto", "stock-fa3" if cuda else "stock-default"])
     parser.add_argument("--start-seconds", type=float, default=600.0, help="for a server to start (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench-out/programs"), help="what was printed, logs, rows")
@@ -72,12 +71,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.out.mkdir(parents=True, exist_ok=True)
     if not cuda:
         print("no GPU: a tiny model on the host driver. Tokens are counted rightly; times say nothing about a GPU.")
-        options.model = options.model or str(TinyLlama().write(options.out / "tiny-llama", tokenizer=smollm2()))
         # xgrammar has no kernel for the CPU in SGLang 0.5.23.
-        host = "--sleep-on-idle --device=cpu --dtype=float32 --sampling-backend=pytorch --grammar-backend=llguidance"
-        host += " --skip-server-warmup --mem-fraction-static=0.3 --max-total-tokens=8192"
-        options.server_flags = [*host.split(), *options.server_flags]
-    options.model = options.model or str(smollm2())
+        host = [*models.HOST_FLAGS, "--max-total-tokens=8192", "--grammar-backend=llguidance"]
+        options.server_flags = [*host, *options.server_flags]
+    options.model = models.folder_of(options)
     return options
 
 

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import models
 import numpy as np
 import torch
 from load import Native, Sample, ask
@@ -45,8 +46,6 @@ from servers import Remote, Server, check_names, leave_on_sigterm
 from workloads import VOCABULARY, Session, Turn
 
 from sgl_vtensor.cli.server import free_port
-from sgl_vtensor.cli.smollm2 import smollm2
-from sgl_vtensor.cli.tiny_model import TinyLlama
 from sgl_vtensor.errors import VTensorError
 
 OVERLOAD = 1.5
@@ -582,7 +581,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder with config and tokenizer; default: SmolLM2, without a GPU a tiny one")
+    models.add_arguments(parser)
     parser.add_argument("--server", default="vtensor-auto", help="of bench/servers.py (%(default)s)")
     parser.add_argument("--url", help="a server that runs already, in place of --server")
     parser.add_argument("--stock", help="a stock server for the same load afterwards, like stock-fa3")
@@ -603,12 +602,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     check_names(parser, filter(None, (options.server, options.stock)))
     if not cuda and not options.url:
         print("no GPU: a small load on a tiny model, on the host driver. Its times say nothing about a GPU.")
-        options.model = options.model or str(TinyLlama().write(options.out / "tiny-llama", tokenizer=smollm2()))
-        host = "--sleep-on-idle --device=cpu --dtype=float32 --sampling-backend=pytorch --grammar-backend=none"
-        host += " --skip-server-warmup --mem-fraction-static=0.3 --max-total-tokens=2048 --max-running-requests=24"
-        options.flags = [*host.split(), *options.flags]
+        host = [*models.HOST_FLAGS, "--max-total-tokens=2048", "--max-running-requests=24"]
+        options.flags = [*host, *options.flags]
     if not options.url:
-        options.model = options.model or str(smollm2())
+        options.model = models.folder_of(options)
     return options
 
 

@@ -167,3 +167,9 @@ def test_a_workload_that_is_none_is_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         compare.main(["--workload", name, f"--out={tmp_path}"])
     assert f"{name!r} is no workload; say NAME or NAME@USERS" in capsys.readouterr().err
+
+
+def test_a_server_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--group", "stock-fa3", "vtensor-best", f"--out={tmp_path}"])
+    assert "no server configuration 'vtensor-best'" in capsys.readouterr().err
