@@ -103,6 +103,8 @@ def pool_budget(original: Callable[..., int], configurator: Any, pre_model_load_
     budget = original(configurator, pre_model_load_memory)
     if active_config() is None or torch.device(configurator.device).type != "cuda":
         return budget
+    if torch.cuda.get_device_properties(configurator.gpu_id).is_integrated:
+        return budget  # its memory is the system's, and what is in use there is not given back
     total_bytes = torch.cuda.mem_get_info(configurator.gpu_id)[1]
     # The free memory is the least of all ranks', so that ranks on GPUs of a kind come to the same.
     others_bytes = total_bytes - int(pre_model_load_memory * GIB)

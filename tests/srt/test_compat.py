@@ -136,16 +136,17 @@ def test_off_means_stock_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "free_gib", "budget_gib"),
+    ("device", "integrated", "free_gib", "budget_gib"),
     [
-        ("cuda", 78.5, 40.0),  # a context of its own
-        ("cuda", 76.5, 40.0),
-        ("cuda", 60.0, 40.0 + 0.5 * 20.0),
-        ("cpu", 60.0, 40.0),
+        ("cuda", False, 78.5, 40.0),  # a context of its own
+        ("cuda", False, 76.5, 40.0),
+        ("cuda", False, 60.0, 40.0 + 0.5 * 20.0),
+        ("cuda", True, 60.0, 40.0),
+        ("cpu", False, 60.0, 40.0),
     ],
 )
 def test_a_pool_is_as_large_as_without_neighbours(
-    monkeypatch: pytest.MonkeyPatch, device: str, free_gib: float, budget_gib: float
+    monkeypatch: pytest.MonkeyPatch, device: str, integrated: bool, free_gib: float, budget_gib: float
 ) -> None:
     """80 GiB, of which ``--mem-fraction-static`` is a half; what others have counts as if it were free."""
     from sgl_vtensor.config import VTensorConfig
@@ -154,6 +155,8 @@ def test_a_pool_is_as_large_as_without_neighbours(
     monkeypatch.setattr(pool, "active_config", VTensorConfig)
     monkeypatch.setattr(pool, "get_schedule", lambda: SimpleNamespace(mem_fraction_static=0.5))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 << 30, 80 << 30))
+    properties = SimpleNamespace(is_integrated=integrated)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     found = pool.pool_budget(lambda configurator, free: 40 << 30, SimpleNamespace(device=device, gpu_id=0), free_gib)
     assert found == int(budget_gib * (1 << 30))
 
