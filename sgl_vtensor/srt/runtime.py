@@ -328,7 +328,8 @@ def _own_tokens(scheduler: Any) -> int:
     running = {id(req): req for batch in batches if batch is not None for req in batch.reqs}
     if scheduler.chunked_req is not None:
         running[id(scheduler.chunked_req)] = scheduler.chunked_req
-    return sum(max(0, req.kv.kv_allocated_len - req.kv.cache_protected_len) for req in running.values())
+    reqs = (req for req in running.values() if not req.finished())
+    return sum(max(0, req.kv.kv_allocated_len - req.kv.cache_protected_len) for req in reqs)
 
 
 def attach(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:

@@ -97,7 +97,9 @@ def test_what_was_accepted_before_the_limit_fell_is_served(server: SGLangServer,
     asked = stock.hungry[:4]
     with ThreadPoolExecutor(4) as executor:
         answers = [executor.submit(server.generate, one.prompt, one.tokens) for one in asked]
-        server.wait_for(lambda figures: figures["rows_running"] + figures["requests_waiting"] == 4)
+        figures = server.wait_for(lambda figures: figures["rows_running"] + figures["requests_waiting"] == 4)
+        unused = figures["pages_in_use"] * PAGE_TOKENS - figures["tokens_live"]
+        assert 0 <= unused <= 2 * PAGE_TOKENS * figures["rows_running"], "more than the ends of last pages"
         assert limit(server, "5%") == 0
         assert [one.result().output_ids for one in answers] == [one.output_ids for one in asked]
     wait_for_pages(server, NUM_PAGES // 20)
@@ -106,7 +108,9 @@ def test_what_was_accepted_before_the_limit_fell_is_served(server: SGLangServer,
 def test_an_idle_server_gives_all_back_in_the_end(server: SGLangServer, stock: StockAnswers) -> None:
     expected = stock.mixed[17]
     assert server.generate(expected.prompt).output_ids == expected.output_ids
-    assert server.vtensor()["pages_cached"] > 600 // PAGE_TOKENS
+    figures = server.vtensor()
+    assert figures["pages_cached"] > 600 // PAGE_TOKENS
+    assert figures["tokens_live"] == figures["pages_cached"] * PAGE_TOKENS
     wait_for_pages(server, 0)
     assert server.vtensor()["pages_evicted_by_age"] > 0
     assert server.generate(expected.prompt).output_ids == expected.output_ids

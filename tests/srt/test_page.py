@@ -254,7 +254,10 @@ class Shown(World):
             self.tree.lock(node)
 
     async def ask(self) -> list[dict[str, Any]]:
-        scheduler = SimpleNamespace(tree_cache=self.tree, waiting_queue=[1, 2, 3])
+        batch = SimpleNamespace(reqs=[])
+        scheduler = SimpleNamespace(
+            tree_cache=self.tree, waiting_queue=[1, 2, 3], running_batch=batch, last_batch=None, chunked_req=None
+        )
         return [picture(self.runtime, scheduler, 100.0)]
 
 
