@@ -56,6 +56,16 @@ def check_names(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 def leave_on_sigterm() -> None:
     """End by an exception from now on, so that servers are stopped and what was found is written."""
     signal.signal(signal.SIGTERM, _leave)
+    others = sys.unraisablehook
+
+    def again(ignored: Any) -> None:
+        # Raised while a destructor or a weak reference's callback ran, where Python lets no exception through.
+        if isinstance(ignored.exc_value, SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            others(ignored)
+
+    sys.unraisablehook = again
 
 
 def _leave(number: int, _frame: Any) -> None:
