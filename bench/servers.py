@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -59,9 +60,10 @@ def leave_on_sigterm() -> None:
     others = sys.unraisablehook
 
     def again(ignored: Any) -> None:
-        # Raised while a destructor or a weak reference's callback ran, where Python lets no exception through.
+        # Raised while a destructor or a weak reference's callback ran, where Python lets no exception through. By a
+        # thread, since os.kill would call the handler here, where none gets through either.
         if isinstance(ignored.exc_value, SystemExit):
-            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
         else:
             others(ignored)
 
