@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import models
 import numpy as np
@@ -135,22 +135,25 @@ class Watch(threading.Thread):
         return [one for one in self.looks if start_s <= one.at_s < stop_s]
 
 
-def device_bytes() -> Callable[[], int] | None:
-    """NVML's figure of what is used, by whomever, on the GPUs that we may see: it itself knows no such bounds."""
+def device_bytes(what: Literal["used", "free"] = "used") -> Callable[[], int] | None:
+    """NVML's figure of what is used, by whomever, or free, on the GPUs that we may see: it itself knows no such bounds.
+
+    CUDA would say it, too, but take half a GiB for a context of ours.
+    """
     if not torch.cuda.is_available():
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         import pynvml
     except ImportError:
-        ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        ask = ["nvidia-smi", f"--query-gpu=memory.{what}", "--format=csv,noheader,nounits"]
         ask += [f"--id={visible}"] if visible else []
         said = lambda: subprocess.run(ask, capture_output=True, text=True, check=True).stdout  # noqa: E731
         return lambda: sum(int(line) << 20 for line in said().splitlines())
     pynvml.nvmlInit()
     numbers = map(int, visible.split(",")) if visible else range(pynvml.nvmlDeviceGetCount())
     handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in numbers]
-    return lambda: sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
+    return lambda: sum(int(getattr(pynvml.nvmlDeviceGetMemoryInfo(handle), what)) for handle in handles)
 
 
 class Questions:
@@ -394,11 +397,11 @@ class Questions:
     def _free_bytes(servers: list[Server]) -> int:
         """What servers that have just started could take between them."""
         limits = [server.vtensor()["limit_bytes"] for server in servers]
-        if not torch.cuda.is_available():
+        free_bytes = device_bytes("free")
+        if free_bytes is None:
             return int(min(limits))
-        free_bytes, _ = torch.cuda.mem_get_info()
         backed = sum(server.vtensor()["backed_bytes"] for server in servers)
-        return int(min(free_bytes + backed - GIB, sum(limits)))
+        return int(min(free_bytes() + backed - GIB, sum(limits)))
 
     def load(self, server: Remote, workload: workloads.Workload) -> Run:
         async def timed() -> Run:

@@ -88,7 +88,7 @@ def test_a_neighbours_gpu_is_not_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, mib: int
 ) -> None:
     (tmp_path / "nvidia-smi").write_text(
-        '#!/bin/bash\ncase "$*" in *--id=1*) echo 200 ;; *) echo 100; echo 200 ;; esac\n'
+        '#!/bin/bash\ncase "$*" in *memory.free*) echo 7; exit ;; *--id=1*) echo 200 ;; *) echo 100; echo 200 ;; esac\n'
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -99,3 +99,5 @@ def test_a_neighbours_gpu_is_not_looked_at(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     used = memory.device_bytes()
     assert used is not None and used() == mib << 20
+    free = memory.device_bytes("free")
+    assert free is not None and free() == 7 << 20
