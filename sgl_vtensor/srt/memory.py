@@ -28,6 +28,8 @@ LOOK_SECONDS = 0.5
 """How often the age of the cache and the device's free memory are looked at."""
 HASTY_LOOK_SECONDS = 0.1
 """The same by an idle server while memory is short: a neighbour's prompts fill several GiB a second."""
+MOST_LOOKS_AT_ONCE = 4
+"""With ``--sleep-on-idle`` an idle server wakes once a second, and makes up for the looks that it has slept through."""
 MARGIN_BYTES = 512 << 20
 """Device memory that is never taken: other allocations of this process and its neighbours need some."""
 NEIGHBOUR_SECONDS = 30.0
@@ -121,7 +123,10 @@ class MemoryPolicy:
         if self.pool.pages_beyond_limit:
             self._follow_limit(tree_cache)
         if now >= self._next_look:
-            short = self._release_for_neighbours()
+            looks = 1
+            if self._yields(now):
+                looks = min(MOST_LOOKS_AT_ONCE, 1 + int((now - self._next_look) / HASTY_LOOK_SECONDS))
+            short = self._release_for_neighbours(looks)
             self._next_look = now + (HASTY_LOOK_SECONDS if short and self._yields(now) else LOOK_SECONDS)
             if self.ranks is not None:
                 possible = self.pool.pages.possible()
@@ -131,7 +136,7 @@ class MemoryPolicy:
                 evicted = self._evict(tree_cache, self._old_pages(tree_cache, now, short))
                 self.pages_evicted_by_age += evicted
                 if evicted and short and self._yields(now):
-                    self._release_for_neighbours()
+                    self._release_for_neighbours(looks)
 
     def launched(self) -> None:
         """Behind a launch, while the GPU computes: a few pages ahead of need, so that a decode step waits for none.
@@ -170,7 +175,7 @@ class MemoryPolicy:
         if not self.pool.pages_beyond_limit:
             self._say("within", "what is backed is within the limit again")
 
-    def _release_for_neighbours(self) -> int:
+    def _release_for_neighbours(self, looks: int) -> int:
         """Servers that share a device settle without talking: each lets go of what it needs least when memory is short.
 
         The reserve stays, so that what is let go here is not taken again by the next step.
@@ -186,8 +191,9 @@ class MemoryPolicy:
         short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
         if short <= 0:
             return 0
+        short *= looks
         spare = max(0, self.pool.pages.num_free_backed - self.reserve_pages)
-        if self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE)):
+        if self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE * looks)):
             self._say("neighbours", "the device has %s free: free pages go back to it", format_bytes(free_bytes))
         return max(0, short - spare)
 

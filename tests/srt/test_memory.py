@@ -404,6 +404,21 @@ def test_an_idle_server_yields_to_a_neighbour_sooner(world: World) -> None:
     assert world.num_backed == 50, "it has worked in the meantime"
 
 
+def test_an_idle_server_that_sleeps_lets_go_of_what_it_slept_through(world: World) -> None:
+    """``--sleep-on-idle``: it wakes once a second."""
+    world.run(1, 100)
+    world.end(1, now=0.0)
+    world.policy.reserve_pages = 0
+    world.pool.pages.margin_bytes = 8 * PAGE_BYTES
+    backed = []
+    for second in range(9):
+        world.driver.capacity_bytes = world.driver.physical_bytes + PAGE_BYTES
+        world.policy.idle(world.tree, float(second))
+        backed.append(world.num_backed)
+    assert backed[:6] == [100] * 6, "nothing is older than five seconds"
+    assert backed[6:] == [100 - 4 * 15, 0, 0]
+
+
 class SharedDevice(DriverProxy):
     """The memory of one device, of which every server sees what the others have taken."""
 
