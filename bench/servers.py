@@ -165,8 +165,8 @@ class Server(Remote):
 
     def wait(self, timeout_s: float) -> None:
         super().wait(timeout_s)
-        # SGLang does it after its own warm-up, which benchmarks skip: without it a collection of the 900 000 objects that
-        # there are since the start, some tenths of a second, can hit one server or the other.
+        # SGLang does it after its own warm-up, which benchmarks skip: without it a collection of the 900 000 objects
+        # that there are since the start, some tenths of a second, can hit one server or the other.
         self.post("/freeze_gc", {})
 
     def is_it(self) -> bool:
