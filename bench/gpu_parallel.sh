@@ -4,7 +4,7 @@
 #   OUT=DIR bench/gpu_parallel.sh [STEP ...]      default: all, in this order, as far as there is time
 #
 # pair       Llama-8B shape, --tp-size 2: two servers side by side on the same two GPUs, stock fa3 and vtensor-auto, decode
-#            graphs and overlap on; chats and agents in turn. Ranks compare their decisions at every eighth launch.
+#            graphs and overlap on; gsp and agents in turn. Ranks compare their decisions at every eighth launch.
 # soak       the same on vTensor memory with --vtensor-debug: overload, aborts, limits, flushes (bench/soak.py)
 # replicas   --dp-size 2: one load, the limit lowered under it, top and limit of each replica (bench/memory.py)
 # large      a 70B shape at --tp-size 2, stock fa3 and then vtensor-auto; gsp. 80 layers are 139 GB: on 80 GB

@@ -3,7 +3,7 @@
     python bench/memory.py --model DIR [--ask limit pair ...] [--budget-seconds 560] [--out DIR] -- FLAGS
 
 curve       users come (1, 8, 32), stay a while, and leave: the whole GPU's memory, on vTensor memory and on stock
-grow        requests that fill the pool, which grows under them, and again with all of it backed: speed, late tokens
+grow        requests that fill the pool, which grows under them, and again with most of it backed: speed, late tokens
 limit       under load the limit falls to a sixth and rises again, ten times: how soon memory follows, what fails
 neighbour   under load another process takes 30 GB of the GPU, twice: what fails, what it costs
 pair        two servers on one GPU have their bursts in turn, of 70% of the memory that is free: with limits of a half
@@ -27,7 +27,7 @@ import threading
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -202,22 +202,15 @@ class Questions:
             full = server.vtensor()["limit_bytes"]
             low = int(full * LOW_SHARE)
             follows_s: list[float] = []
-            with ThreadPoolExecutor(1) as executor:
-                enough = threading.Event()
-                loading = executor.submit(
-                    self.load_until, enough, server, lambda seed: self.workload(32, sessions=96, seed=seed)
-                )
-                try:
-                    time.sleep(BEFORE_SECONDS)
-                    while len(follows_s) < 10 and not loading.done():
-                        self.set_limit(server, low)
-                        follows_s.append(self._follow(watch, low))
-                        time.sleep(0.5)
-                        self.set_limit(server, full)
-                        time.sleep(1)
-                finally:
-                    enough.set()
-                self.note(loading.result(), "limit moved under load", name)
+            with self.loaded(server, lambda seed: self.workload(32, sessions=96, seed=seed)) as loading:
+                time.sleep(BEFORE_SECONDS)
+                while len(follows_s) < 10 and not loading.done():
+                    self.set_limit(server, low)
+                    follows_s.append(self._follow(watch, low))
+                    time.sleep(0.5)
+                    self.set_limit(server, full)
+                    time.sleep(1)
+            self.note(loading.result(), "limit moved under load", name)
             page = server.vtensor()["page_bytes"]
             self.results.add("limit lowered under load", name, "times", "1", [len(follows_s)])
             self.results.add("limit lowered under load", name, "memory follows after", "s", follows_s or [float("nan")])
@@ -240,22 +233,16 @@ class Questions:
             # More than the neighbour leaves: requests that run wait for memory, or are retracted.
             make = partial(self.questions, HEAVY, self._users(server, 0.9, HEAVY))
             before = self.load(server, make(1))
-            with ThreadPoolExecutor(1) as executor:
-                enough = threading.Event()
-                loading = executor.submit(self.load_until, enough, server, make)
-                try:
-                    for _ in range(2):
-                        time.sleep(BEFORE_SECONDS)
-                        command = [sys.executable, "-c", TAKER, str(TAKEN_BYTES), "8"]
-                        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-                        taken = int(done.stdout or 0)
-                        print(f"  the neighbour took {taken / 1e9:.1f} GB {done.stderr[-200:]}")
-                        self.results.add("neighbour", name, "taken by it", "B", [taken])
-                finally:
-                    enough.set()
-                during = loading.result()
+            with self.loaded(server, make) as loading:
+                for _ in range(2):
+                    time.sleep(BEFORE_SECONDS)
+                    command = [sys.executable, "-c", TAKER, str(TAKEN_BYTES), "8"]
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                    taken = int(done.stdout or 0)
+                    print(f"  the neighbour took {taken / 1e9:.1f} GB {done.stderr[-200:]}")
+                    self.results.add("neighbour", name, "taken by it", "B", [taken])
             self.note(before, "neighbour: before", name)
-            self.note(during, "neighbour: while it takes and gives back", name)
+            self.note(loading.result(), "neighbour: while it takes and gives back", name)
         lines = {"GPU": [(one.at_s, one.device / GIB) for one in watch.looks],
                  "KV backed": [(one.at_s, one.backed / GIB) for one in watch.looks]}  # fmt: skip
         line_plot(self.options.out / "neighbour.svg", "another process takes 30 GB twice", "s", "GiB", lines)
@@ -280,7 +267,7 @@ class Questions:
                 self.row_of(watch.looks, "pair", impl)
 
     def grow(self) -> None:
-        """One server, twice: first its pool grows under the load; then all of it is backed and nothing is created."""
+        """One server, twice: first its pool grows under the load; then most of what is needed is backed."""
         name = "vtensor-auto+vtensor-idle-seconds=0"
         with self.servers(name) as (server,), self.watched("grow", name, [server]) as watch:
             users = self._users(server, 0.95, GROWING)
@@ -409,12 +396,23 @@ class Questions:
 
         return asyncio.run(timed())
 
-    def load_until(self, enough: threading.Event, server: Remote, make: Callable[[int], workloads.Workload]) -> Run:
-        """One load after another, each with a seed of its own: prompts that are cached would cost nothing."""
-        runs: list[Run] = []
-        while not runs or not enough.is_set():
-            runs.append(self.load(server, make(1 + len(runs))))
-        return Run.joined(runs)
+    @contextmanager
+    def loaded(self, server: Remote, make: Callable[[int], workloads.Workload]) -> Iterator[Future[Run]]:
+        """Meanwhile one load after another, each with a seed of its own: prompts that are cached would cost nothing."""
+        enough = threading.Event()
+
+        def play_all() -> Run:
+            runs: list[Run] = []
+            while not runs or not enough.is_set():
+                runs.append(self.load(server, make(1 + len(runs))))
+            return Run.joined(runs)
+
+        with ThreadPoolExecutor(1) as executor:
+            loading = executor.submit(play_all)
+            try:
+                yield loading
+            finally:
+                enough.set()
 
     def set_limit(self, server: Remote, num_bytes: int) -> None:
         body = {"server_args": {"vtensor_memory_limit_bytes": num_bytes}}

@@ -123,11 +123,11 @@ class MemoryPolicy:
         if self.pool.pages_beyond_limit:
             self._follow_limit(tree_cache)
         if now >= self._next_look:
-            looks = 1
-            if self._yields(now):
+            yields, looks = self._yields(now), 1
+            if yields:
                 looks = min(MOST_LOOKS_AT_ONCE, 1 + int((now - self._next_look) / HASTY_LOOK_SECONDS))
             short = self._release_for_neighbours(looks)
-            self._next_look = now + (HASTY_LOOK_SECONDS if short and self._yields(now) else LOOK_SECONDS)
+            self._next_look = now + (HASTY_LOOK_SECONDS if short and yields else LOOK_SECONDS)
             if self.ranks is not None:
                 possible = self.pool.pages.possible()
                 if possible is not None:  # else what was said last holds
@@ -135,7 +135,7 @@ class MemoryPolicy:
             else:
                 evicted = self._evict(tree_cache, self._old_pages(tree_cache, now, short))
                 self.pages_evicted_by_age += evicted
-                if evicted and short and self._yields(now):
+                if evicted and short and yields:
                     self._release_for_neighbours(looks)
 
     def launched(self) -> None:

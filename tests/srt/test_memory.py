@@ -32,7 +32,6 @@ from sgl_vtensor.vmm.proxy import DriverProxy
 
 PAGE_TOKENS = 16
 NUM_PAGES = 300
-PAGE_BYTES = 4096
 
 
 class Tree:
@@ -380,13 +379,15 @@ def test_an_idle_server_yields_to_a_neighbour_sooner(world: World) -> None:
     world.run(1, 100)
     world.end(1, now=0.0)
     world.policy.reserve_pages = 0
-    world.pool.pages.margin_bytes = 8 * PAGE_BYTES
+    world.pool.pages.margin_bytes = pages(world, 8)
     now = 0.0
 
     def idle_until(end: float) -> None:
         nonlocal now
         while now < end:
-            world.driver.capacity_bytes = world.driver.physical_bytes + PAGE_BYTES  # the neighbour takes what there is
+            world.driver.capacity_bytes = world.driver.physical_bytes + pages(
+                world, 1
+            )  # the neighbour takes what there is
             world.policy.idle(world.tree, now)
             now += 0.01
 
@@ -409,10 +410,10 @@ def test_an_idle_server_that_sleeps_lets_go_of_what_it_slept_through(world: Worl
     world.run(1, 100)
     world.end(1, now=0.0)
     world.policy.reserve_pages = 0
-    world.pool.pages.margin_bytes = 8 * PAGE_BYTES
+    world.pool.pages.margin_bytes = pages(world, 8)
     backed = []
     for second in range(9):
-        world.driver.capacity_bytes = world.driver.physical_bytes + PAGE_BYTES
+        world.driver.capacity_bytes = world.driver.physical_bytes + pages(world, 1)
         world.policy.idle(world.tree, float(second))
         backed.append(world.num_backed)
     assert backed[:6] == [100] * 6, "nothing is older than five seconds"
@@ -435,7 +436,7 @@ class SharedDevice(DriverProxy):
 
     @property
     def total(self) -> int:
-        return self.TOTAL_PAGES * PAGE_BYTES
+        return self.TOTAL_PAGES * self.granularity
 
 
 @pytest.mark.parametrize("second_burst_at", [6.0, 40.0])
@@ -445,7 +446,7 @@ def test_two_servers_that_share_a_device_have_their_bursts_in_turn(second_burst_
         devices: list[SharedDevice] = []
         first, second = (World(SharedDevice(driver, devices)) for driver in (one, two))
         for world in (first, second):
-            world.pool.pages.margin_bytes = 4 * PAGE_BYTES
+            world.pool.pages.margin_bytes = pages(world, 4)
             world.policy.reserve_pages = 2
 
         def serve(world: World, now: float) -> None:
