@@ -10,7 +10,8 @@ moments the cache is flushed. Told at the end:
 errors      by kind; what users did not get who went away is none
 answers     to fixed greedy prompts, asked again and again, that differ from the idle server's. In bf16 the shape of a
             batch decides near ties, so they are also counted on the idle server, asked alone again and all at once,
-            and, with --stock, on a stock server under the same load
+            and, with --stock, on a stock server under the same load. How far rounding moves logprobs is told, too, up
+            to the first token that differs: beyond a nat it was not rounding, and something is wrong
 latency     TTFT p50 and p99 of each minute, the first and the last of them as rows
 leaks       pages, rows, handles, mappings, addresses, the GPU's memory: idle and flushed, before and after
 
@@ -24,8 +25,10 @@ import argparse
 import asyncio
 import csv
 import json
+import math
 import random
 import re
+import statistics
 import sys
 import time
 from collections import Counter
@@ -68,6 +71,9 @@ WATCH_SECONDS = 1.0
 CANARY_LENS = (5, 64, 65, 200, 333, 512, 700, 1000)
 CANARY_TOKENS = 32
 CANARY_PAUSE_SECONDS = 0.5
+TOP_TOKENS = 8
+WRONG_NAT = 1.0
+"""Stock kernels differ from each other by up to 0.33 nat on such a model; another prompt moves logprobs by several."""
 DEVICE_SLACK_BYTES = 256 << 20
 """PyTorch keeps what kernels needed at the worst moment: the warm-up may not have met it."""
 RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
@@ -106,29 +112,64 @@ class Asked(Sample):
     fate: str = "stays"
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Its tokens, and at the place of each the likeliest ones with their logprobs."""
+
+    ids: tuple[int, ...] = ()
+    likeliest: tuple[dict[int, float], ...] = ()
+
+    def apart(self, other: Answer) -> float:
+        """How far logprobs are apart at most, in nat, up to the first token that differs: later ones see other text.
+
+        Infinite where one's token is not among the other's likeliest.
+        """
+        most = 0.0
+        for mine, theirs, here, there in zip(self.ids, other.ids, self.likeliest, other.likeliest, strict=False):
+            none = -math.inf
+            most = max(most, *(abs(here.get(token, none) - there.get(token, none)) for token in (mine, theirs)))
+            if mine != theirs:
+                break
+        return most
+
+
 @dataclass
 class Canary:
-    """A fixed prompt, what the idle server answers, and how often it answered otherwise, by occasion."""
+    """A fixed prompt, what the idle server answers, and what came of asking again, by occasion."""
 
     prompt: tuple[int, ...]
-    expected: tuple[int, ...] = ()
-    asked: Counter[str] = field(default_factory=Counter)
+    expected: Answer | None = None
     differed: Counter[str] = field(default_factory=Counter)
+    apart: dict[str, list[float]] = field(default_factory=dict)
+    """Of each answer, how far its logprobs are from the expected one's."""
     first_differences: list[int] = field(default_factory=list)
 
 
 class Named(Native):
-    """``/generate`` by a request id, and the ids of the last answer."""
+    """``/generate`` by a request id."""
 
     rid = ""
-    answer: tuple[int, ...] = ()
 
     def body(self, turn: Turn) -> dict[str, Any]:
         return super().body(turn) | ({"rid": self.rid} if self.rid else {})
 
+
+class Probing(Native):
+    """``/generate`` with what the last answer's logprobs were."""
+
+    answer = Answer()
+
+    def body(self, turn: Turn) -> dict[str, Any]:
+        return super().body(turn) | {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": TOP_TOKENS}
+
     def close(self, last: bytes, sample: Sample, turn: Turn) -> None:
-        self.answer = tuple(json.loads(last).get("output_ids") or ())
         super().close(last, sample, turn)
+        if not sample.error:
+            said = json.loads(last)
+            tops = said["meta_info"]["output_top_logprobs"]
+            self.answer = Answer(
+                tuple(said["output_ids"]), tuple({token: value for value, token, *_ in place} for place in tops)
+            )
 
 
 class Traffic:
@@ -213,22 +254,22 @@ class Load:
                 await self._compare(client, canary, "alone again")
             await asyncio.gather(*(self._compare(client, canary, "all at once") for canary in self.canaries))
 
-    async def _answer(self, client: aiohttp.ClientSession, canary: Canary) -> tuple[Asked, tuple[int, ...]]:
+    async def _answer(self, client: aiohttp.ClientSession, canary: Canary) -> tuple[Asked, Answer]:
         sample = Asked(at_s=self.now_s, sort="canary")
-        talk = Named(Session(0, 0, (), ()), "", "server")
+        talk = Probing(Session(0, 0, (), ()), "", "server")
         await ask(client, self.server.url, talk, Turn(canary.prompt, CANARY_TOKENS), sample, time.perf_counter())
         return sample, talk.answer
 
     async def _compare(self, client: aiohttp.ClientSession, canary: Canary, occasion: str) -> None:
         sample, answer = await self._answer(client, canary)
         self.samples.append(sample)
-        if sample.error:
+        if sample.error or canary.expected is None:
             return
-        canary.asked[occasion] += 1
-        if answer != canary.expected:
+        canary.apart.setdefault(occasion, []).append(answer.apart(canary.expected))
+        if answer.ids != canary.expected.ids:
             canary.differed[occasion] += 1
-            pairs = zip(answer, canary.expected, strict=False)
-            canary.first_differences.append(next((at for at, (a, b) in enumerate(pairs) if a != b), len(answer)))
+            pairs = zip(answer.ids, canary.expected.ids, strict=True)
+            canary.first_differences.append(next(at for at, (a, b) in enumerate(pairs) if a != b))
 
     # The load.
 
@@ -375,11 +416,18 @@ class Load:
 
     def answers(self) -> dict[str, list[int]]:
         """For each occasion: how often fixed prompts were answered, and how often otherwise than by the idle server."""
-        occasions = dict.fromkeys(occasion for canary in self.canaries for occasion in canary.asked)
         return {
-            occasion: [sum(c.asked[occasion] for c in self.canaries), sum(c.differed[occasion] for c in self.canaries)]
-            for occasion in occasions
+            occasion: [len(apart), sum(canary.differed[occasion] for canary in self.canaries)]
+            for occasion, apart in self.apart().items()
         }
+
+    def apart(self) -> dict[str, list[float]]:
+        """For each occasion and answer: how far its logprobs are from the idle server's, in nat."""
+        found: dict[str, list[float]] = {}
+        for canary in self.canaries:
+            for occasion, apart in canary.apart.items():
+                found.setdefault(occasion, []).extend(apart)
+        return found
 
 
 class Soak:
@@ -463,17 +511,21 @@ class Soak:
 
     def _write(self, server: Remote, load: Load, watch: Watch, found: dict[str, Any]) -> None:
         out, name = self.options.out, server.name
-        windows, errors, answers = load.windows(), load.errors(), load.answers()
+        windows, errors, answers, apart = load.windows(), load.errors(), load.answers(), load.apart()
         good = [one for one in load.samples if not one.error]
         sorts = Counter(sample.sort for sample in good)
         gone = Counter(sample.fate for sample in load.samples if sample.error and sample.fate != "stays")
         found |= {"finished": dict(sorts), "gone": dict(gone), "done": dict(load.done), "errors": dict(errors)}
         found |= {"windows": windows, "answers": answers}
+        found["apart_nat"] = {occasion: [statistics.median(nats), max(nats)] for occasion, nats in apart.items()}
         found["first_difference"] = min((at for one in load.canaries for at in one.first_differences), default=None)
         print(f"  {name}: {found['seconds']:.0f} s; finished {dict(sorts)}; gone {dict(gone)}; {dict(load.done)}")
         print(f"  {found['retracted']} requests retracted, as far as the log tells; errors: {dict(errors) or 'none'}")
         for occasion, (asked, differed) in answers.items():
-            print(f"  fixed prompts {occasion}: {differed} of {asked} answers differ from the idle server's")
+            print(
+                f"  fixed prompts {occasion}: {differed} of {asked} answers differ from the idle server's; up to there "
+                f"logprobs are {statistics.median(apart[occasion]):.3f} nat apart, at most {max(apart[occasion]):.3f}"
+            )
         case = f"{found['seconds']:.0f} s, {OVERLOAD} x {found['pool_tokens']} tokens"
         case += ", debug" if found["debug"] and watch.looks and watch.looks[0].limit else ""
         rows: list[tuple[str, str, float]] = [
@@ -489,6 +541,14 @@ class Soak:
                 rows += [(f"{q} {which} window", "ms", one[q]) for q in ("ttft_p50", "ttft_p99")]
         for metric, unit, value in rows:
             self.results.add(case, name, metric, unit, [value])
+        for occasion, nats in apart.items():
+            within = [nat for nat in nats if nat <= WRONG_NAT]
+            self.results.add(case, name, f"logprobs apart {occasion}", "nat", within or [float("nan")])
+            most = max(within, default=float("nan"))
+            self.results.add(case, name, f"logprobs apart {occasion}, at most", "nat", [most])
+            if beyond := len(nats) - len(within):
+                far = "further from the idle server's than rounding goes"
+                self._wrong(server, [f"{beyond} of {len(nats)} answers {occasion} are {far}"])
         self._wrong(server, [f"{count} times {text}" for text, count in errors.items()])
         self._wrong(server, [f"in the log: {line[:200]}" for line in server.errors()[:3]])
         lines = {f"TTFT p{q}": [(one["at_s"] / 60, one[f"ttft_p{q}"]) for one in windows] for q in (50, 99)}

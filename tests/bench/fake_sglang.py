@@ -82,6 +82,8 @@ class FakeServer:
             for count in range(1, wanted + 1):
                 info = {"prompt_tokens": len(prompt), "cached_tokens": len(prompt) // 2, "completion_tokens": count}
                 said = ids[:count]
+                if tops := body.get("top_logprobs_num"):
+                    info |= {"output_top_logprobs": [self._tops(token, tops) for token in said]}
                 yield {"text": " ".join(map(str, said)), "output_ids": said, "meta_info": info}
 
         return await self._stream(request, body, events())
@@ -131,6 +133,10 @@ class FakeServer:
             if body.get("rid") in self.aborted:
                 return
         await response.write(b"data: [DONE]\n\n")
+
+    def _tops(self, token: int, count: int) -> list[list[Any]]:
+        """The likeliest tokens and their logprobs: each half as likely as the one before."""
+        return [[-0.7 * (number + 1), token + number, None] for number in range(count)]
 
     def _answer(self, prompt: str, count: int) -> list[int]:
         digest = hashlib.sha256((self.flavour + prompt).encode()).digest()
