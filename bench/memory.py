@@ -7,7 +7,8 @@ grow        requests that fill the pool, which grows under them, and again with 
 limit       under load the limit falls to a sixth and rises again, ten times: how soon memory follows, what fails
 neighbour   under load another process takes 30 GB of the GPU, twice: what fails, what it costs
 pair        two servers on one GPU have their bursts in turn, of 70% of the memory that is free: with limits of a half
-            each, and sharing all of it
+            each, and sharing all of it. Chats begin one after another and pause between turns: were all to come at
+            once, most of the wait would be for their histories' first computation, whoever has the memory
 replicas    --dp-size 2, a GPU each: one load, the limit lowered under it; what top and limit say of each replica
 
 Memory is NVML's, whole, of the GPUs that CUDA_VISIBLE_DEVICES names (all); without a GPU it is what the host driver has
@@ -52,7 +53,10 @@ RISING = workloads.Kind("questions with longer answers", 1, 1, 1, 0, question=20
 HEAVY = workloads.Kind("questions that need much memory", 1, 1, 1, 0, question=4000, answer=600)
 GROWING = workloads.Kind("long answers: the pool grows as they do", 1, 1, 1, 0, question=4000, answer=1000)
 MOST_USERS = 64
-BURST = workloads.Kind("chats with a history, all at once", 1, 1, 1, 0, turns=6, question=64, answer=64, history=4000)
+BURST = workloads.Kind("chats with a history", 1, 1, 1, 0, turns=6, question=64, answer=64, history=4000)
+ARRIVAL_SECONDS = 0.15
+"""From one chat of a burst to the next: a GPU computes the history of an 8B model in two thirds of it."""
+PAUSE_SECONDS = 3.0
 QUESTIONS = ("curve", "grow", "limit", "neighbour", "pair", "replicas")
 WATCH_SECONDS = 0.25
 BEFORE_SECONDS = 3.0
@@ -255,16 +259,16 @@ class Questions:
                 for server in servers:
                     self.set_limit(server, int(min(share * free, server.vtensor()["limit_bytes"])))
                 stride_bytes = servers[0].vtensor()["token_stride_bytes"]
-                users = max(2, int(0.7 * free / stride_bytes / self.questions(BURST, 1).longest))
+                users = max(2, int(0.7 * free / stride_bytes / self.chats(1).longest))
                 print(f"  {impl}: {free / GIB:.1f} GiB are free, {users} users in a burst", flush=True)
                 runs: list[Run] = []
                 for turn in range(4):  # A, B, A, B: the second time with the histories of the first
-                    run = self.load(servers[turn % 2], self.questions(BURST, users, 10 + turn % 2))
+                    run = self.load(servers[turn % 2], self.chats(users, seed=10 + turn % 2))
                     runs.append(run)
                     print(f"  {impl} burst {turn + 1}: {_shown(run)}", flush=True)
                 for part, chosen in (("first bursts", runs[:2]), ("second bursts", runs[2:])):
-                    self.note(Run.joined(chosen), f"pair, {part}", impl)
-                self.row_of(watch.looks, "pair", impl)
+                    self.note(Run.joined(chosen), f"pair with pauses, {part}", impl)
+                self.row_of(watch.looks, "pair with pauses", impl)
 
     def grow(self) -> None:
         """One server, twice: first its pool grows under the load; then most of what is needed is backed."""
@@ -373,6 +377,15 @@ class Questions:
         """``users`` who all come at once, one session each."""
         built = workloads.build(kind, seed, scale=self.options.scale, users=users)
         return replace(built, sessions=built.sessions[:users], users=users)
+
+    def chats(self, users: int, seed: int = 1) -> workloads.Workload:
+        """``users`` who begin one after another and pause before each further turn."""
+        scale = self.options.scale
+        built = workloads.build(BURST, seed, scale=scale, users=users, think_s=scale * PAUSE_SECONDS)
+        sessions = (
+            replace(session, start_s=scale * number * ARRIVAL_SECONDS) for number, session in enumerate(built.sessions)
+        )
+        return replace(built, sessions=tuple(sessions)[:users], users=0)
 
     def _users(self, server: Remote, share: float, kind: workloads.Kind) -> int:
         """So many that their tokens fill this share of the server's limit; no batch beyond those with a graph."""

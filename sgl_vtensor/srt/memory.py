@@ -28,13 +28,14 @@ LOOK_SECONDS = 0.5
 """How often the age of the cache and the device's free memory are looked at."""
 HASTY_LOOK_SECONDS = 0.1
 """The same by an idle server while memory is short: a neighbour's prompts fill several GiB a second."""
-MOST_LOOKS_AT_ONCE = 4
-"""With ``--sleep-on-idle`` an idle server wakes once a second, and makes up for the looks that it has slept through."""
+PAGES_YIELDED_AT_ONCE = 256
+"""By an idle server, whom a neighbour would otherwise outrun: its next batch wants more than what is short now, and
+evicts what its own users come back for. With ``--sleep-on-idle`` the next look is a second away."""
 MARGIN_BYTES = 512 << 20
 """Device memory that is never taken: other allocations of this process and its neighbours need some."""
 NEIGHBOUR_SECONDS = 30.0
 """While the device has less than twice the margin free, prefixes that nobody asked for in so long are dropped."""
-IDLE_NEIGHBOUR_SECONDS = 5.0
+IDLE_NEIGHBOUR_SECONDS = 2.0
 """The same of a server without work: what its users lose is computed again, what a neighbour lacks holds it up now."""
 PAGES_BESIDE_A_REQUEST = 2
 RELEASE_AGAIN_SECONDS = 5.0
@@ -123,10 +124,8 @@ class MemoryPolicy:
         if self.pool.pages_beyond_limit:
             self._follow_limit(tree_cache)
         if now >= self._next_look:
-            yields, looks = self._yields(now), 1
-            if yields:
-                looks = min(MOST_LOOKS_AT_ONCE, 1 + int((now - self._next_look) / HASTY_LOOK_SECONDS))
-            short = self._release_for_neighbours(looks)
+            yields = self._yields(now)
+            short = self._release_for_neighbours(yields)
             self._next_look = now + (HASTY_LOOK_SECONDS if short and yields else LOOK_SECONDS)
             if self.ranks is not None:
                 possible = self.pool.pages.possible()
@@ -136,7 +135,7 @@ class MemoryPolicy:
                 evicted = self._evict(tree_cache, self._old_pages(tree_cache, now, short))
                 self.pages_evicted_by_age += evicted
                 if evicted and short and yields:
-                    self._release_for_neighbours(looks)
+                    self._release_for_neighbours(yields)
 
     def launched(self) -> None:
         """Behind a launch, while the GPU computes: a few pages ahead of need, so that a decode step waits for none.
@@ -175,12 +174,12 @@ class MemoryPolicy:
         if not self.pool.pages_beyond_limit:
             self._say("within", "what is backed is within the limit again")
 
-    def _release_for_neighbours(self, looks: int) -> int:
+    def _release_for_neighbours(self, yields: bool) -> int:
         """Servers that share a device settle without talking: each lets go of what it needs least when memory is short.
 
         The reserve stays, so that what is let go here is not taken again by the next step.
 
-        Returns how many pages are missing beyond those that are free.
+        Returns how many pages should go beyond those that are free.
         """
         margin_bytes = self.pool.pages.margin_bytes
         if not margin_bytes:
@@ -191,9 +190,10 @@ class MemoryPolicy:
         short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
         if short <= 0:
             return 0
-        short *= looks
+        if yields:
+            short = max(short, PAGES_YIELDED_AT_ONCE)
         spare = max(0, self.pool.pages.num_free_backed - self.reserve_pages)
-        if self._release(self.reserve_pages, min(short, PAGES_RELEASED_AT_ONCE * looks)):
+        if self._release(self.reserve_pages, min(short, PAGES_YIELDED_AT_ONCE if yields else PAGES_RELEASED_AT_ONCE)):
             self._say("neighbours", "the device has %s free: free pages go back to it", format_bytes(free_bytes))
         return max(0, short - spare)
 
