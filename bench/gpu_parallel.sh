@@ -40,12 +40,13 @@ if [ "$num_gpus" -ge 2 ]; then
     --cuda-graph-max-bs-decode 64 --cuda-graph-backend-prefill disabled)
   model=(--model "${MODEL:-.gpu/llama8b}")
   random=(--model random --tokenizer "${MODEL:-.gpu/llama8b}")
+  bfloat16=(--dtype bfloat16) # of float16, FlashAttention-3 in .gpu/ has no kernels
   stock=stock-fa3
   pool=(--mem-fraction-static 0.8 --max-total-tokens 200000)
   small=(--mem-fraction-static 0.8 --max-total-tokens 60000)
 elif [ "$num_gpus" -eq 0 ]; then
   export SGLANG_CPU_OMP_THREADS_BIND="0|$(($(nproc) > 1 ? 1 : 0))" OMP_NUM_THREADS=1
-  dummy=() flags=() model=() random=() pool=() small=() large=() large_model=()
+  dummy=() flags=() model=() random=() bfloat16=() pool=() small=() large=() large_model=()
   stock=stock-default
 else
   say "one GPU: these questions need two"
@@ -112,7 +113,7 @@ for name in $steps; do
       ;;
     answers)
       compare answers 200 "${random[@]}" --group "$stock" vtensor-auto --workload shared-few --states cold \
-        --scale 0.02 -- --tp-size 2 "${small[@]}"
+        --scale 0.02 -- --tp-size 2 "${bfloat16[@]}" "${small[@]}"
       ;;
     *)
       say "no step $name; there are pair, soak, replicas, large and answers"

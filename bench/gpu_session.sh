@@ -39,7 +39,8 @@ if [ "$num_gpus" -gt 0 ]; then
   fi
   shape=${MODEL:-.gpu/llama8b}
   model=(--model "$shape") weights=(--load-format dummy)
-  if [ "$shape" = random ]; then shape=.gpu/llama8b model+=(--tokenizer .gpu/llama8b) weights=(); fi
+  # Its weights are float32, which would be served as float16: FlashAttention-3 in .gpu/ has kernels for bfloat16 only.
+  if [ "$shape" = random ]; then shape=.gpu/llama8b model+=(--tokenizer .gpu/llama8b) weights=(--dtype bfloat16); fi
   flags=("${weights[@]}" --sampling-backend pytorch --grammar-backend none --mem-fraction-static "${SHARE:-0.8}"
     --max-total-tokens "${POOL:-100000}" --skip-server-warmup --cuda-graph-max-bs-decode 64)
   # The pool as large as it gets, since what it takes of it is the question.

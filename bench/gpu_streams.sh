@@ -7,10 +7,17 @@
 #
 # The first command gets GPU 0 and OUT=DIR/0, and so on; N@COMMAND gets the next N of them. Where there is no GPU, its share
 # of the cores only.
+#
+# A machine that is lent for commands of ten minutes, but stays warm between them, keeps what a command left running: start
+# it there once, in a copy of the tree, and fetch what there is, again and again. A stream is as many sessions as one wants,
+# each with its own OUT and SESSION_SECONDS, and where they compare servers with its own PORT:
+#   cp -r . /tmp/tree; cd /tmp/tree
+#   OUT=/tmp/streams setsid nohup bench/gpu_streams.sh 'OUT=$OUT/a SESSION_SECONDS=800 bench/gpu_session.sh soak; OUT=$OUT/b ...' &
+#   sleep 550; cp /tmp/streams/* DIR              # DIR: what comes back from there; and again in the next command
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${OUT:?where the results are to go}")
-[ $# -gt 0 ] || { sed -n '2,10s/^# \?//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,18s/^# \?//p' "$0"; exit 2; }
 
 gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU')
 wanted=0
@@ -53,7 +60,8 @@ pack() { # few files, since few come back from a machine that is lent; a kill le
   for number in "${!pids[@]}"; do
     tar czf "$out/.new" -C "$work" --exclude=caches.tar.gz "$number" 2> /dev/null
     [ $? -gt 1 ] || mv "$out/.new" "$out/$number.tar.gz"
-    [ ! -s "$work/$number/caches.tar.gz" ] || cp "$work/$number/caches.tar.gz" "$out/caches.tar.gz"
+    caches=$(find "$work/$number" -name caches.tar.gz -size +0 -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-)
+    [ -z "$caches" ] || cp "$caches" "$out/caches.tar.gz"
   done
 }
 status=0

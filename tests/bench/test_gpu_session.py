@@ -158,6 +158,14 @@ def test_streams_have_a_gpu_each_and_one_that_fails_does_not_end_the_other(tmp_p
         assert rows is not None and rows.read() == b"rows\n"
 
 
+def test_a_stream_of_several_sessions_keeps_the_caches_of_the_last(tmp_path: Path) -> None:
+    one, two = (f"mkdir $OUT/{name}; echo {name} | tee $OUT/{name}/caches.tar.gz > $OUT/{name}/rows" for name in "ab")
+    assert streams(tmp_path, f"{one}; sleep 0.2; {two}").returncode == 0
+    assert (tmp_path / "out/caches.tar.gz").read_text() == "b\n"
+    with tarfile.open(tmp_path / "out/0.tar.gz") as packed:
+        assert {"0/a/rows", "0/b/rows"} <= set(packed.getnames()) and "0/b/caches.tar.gz" not in packed.getnames()
+
+
 def test_streams_say_what_they_cannot_do(tmp_path: Path) -> None:
     done = streams(tmp_path, "true", "true", "true")
     assert done.returncode == 2 and "want 3 GPUs, but there are 2" in done.stderr
