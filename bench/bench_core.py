@@ -41,7 +41,7 @@ from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.replay import replay
 from sgl_vtensor.core.trace import RecordedPool, TraceReader
 from sgl_vtensor.srt import page, runtime
-from sgl_vtensor.srt.agree import NUM_DIGESTS, Ranks
+from sgl_vtensor.srt.agree import BOARD_COLUMNS, Ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.memory import MemoryPolicy
 from sgl_vtensor.srt.metrics import Metrics
@@ -182,7 +182,7 @@ class Surroundings:
         self.runtime = Runtime(self.pool, self.allocator, self.policy, config, dense_capacity=0)
         self.runtime.decode_reads_homes = self.runtime.extend_reads_homes = False
         self.pool.take_fresh()
-        self.policy.ranks = Ranks(0, np.zeros((2, 1 + 2 * NUM_DIGESTS), dtype=np.int64))
+        self.policy.ranks = Ranks(0, np.zeros((2, BOARD_COLUMNS), dtype=np.int64))
         self.scheduler: Any = SimpleNamespace(
             tree_cache=self.tree,
             waiting_queue=[],

@@ -25,6 +25,8 @@ from sgl_vtensor.errors import VTensorError
 
 BOARD_FOLDER = "/dev/shm"
 NUM_DIGESTS = 64
+BOARD_COLUMNS = 2 + 2 * NUM_DIGESTS
+"""Of a rank: the pages it could have in use, those it should let go, and its hashes with their launches."""
 LAUNCHES_BEHIND = 8
 """Ranks run at most a launch or two apart: so far back, all have written what they decided."""
 COMPARE_LAUNCHES = 8
@@ -54,15 +56,24 @@ class Ranks:
         self._every = 1 if every_launch else COMPARE_LAUNCHES
         self._digest = 0
         self._possible = board[:, 0]
-        self._digests = board[:, 1:].reshape(len(board), NUM_DIGESTS, 2)
+        self._short = board[:, 1]
+        self._digests = board[:, 2:].reshape(len(board), NUM_DIGESTS, 2)
 
     def publish(self, num_pages: int) -> None:
         """Say how many pages this rank could have in use."""
         self._possible[self.rank] = num_pages
 
+    def lack(self, num_pages: int) -> None:
+        """Say how many pages of its cache this rank should let go, for neighbours on its device."""
+        self._short[self.rank] = num_pages
+
     def least(self) -> int:
         """How many pages every rank could have in use."""
         return int(self._possible.min())
+
+    def shortest(self) -> int:
+        """How many pages the rank with the hungriest neighbours should let go."""
+        return int(self._short.max())
 
     def note(self, launch: int, *decided: npt.NDArray[np.int64]) -> None:
         """Take what this rank decided for a launch into its running hash, and now and then compare all ranks' hashes.
@@ -100,7 +111,7 @@ def join_ranks(*, every_launch: bool) -> Ranks | None:
     if parallel.tp_size == 1:
         return None
     group = parallel.tp_group
-    num_bytes = parallel.tp_size * (1 + 2 * NUM_DIGESTS) * 8
+    num_bytes = parallel.tp_size * BOARD_COLUMNS * 8
     path = ""
     if parallel.tp_rank == 0:
         descriptor, path = tempfile.mkstemp(prefix="sgl-vtensor-", dir=BOARD_FOLDER)

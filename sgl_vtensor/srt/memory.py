@@ -126,13 +126,14 @@ class MemoryPolicy:
         if now >= self._next_look:
             yields = self._yields(now)
             short = self._release_for_neighbours(yields)
-            self._next_look = now + (HASTY_LOOK_SECONDS if short and yields else LOOK_SECONDS)
+            self._next_look = now + (HASTY_LOOK_SECONDS if yields and short is not None else LOOK_SECONDS)
             if self.ranks is not None:
                 possible = self.pool.pages.possible()
                 if possible is not None:  # else what was said last holds
                     self.ranks.publish(possible)
+                self.ranks.lack(short or 0)
             else:
-                evicted = self._evict(tree_cache, self._old_pages(tree_cache, now, short))
+                evicted = self._evict(tree_cache, self._old_pages(tree_cache, now, short or 0))
                 self.pages_evicted_by_age += evicted
                 if evicted and short and yields:
                     self._release_for_neighbours(yields)
@@ -174,22 +175,22 @@ class MemoryPolicy:
         if not self.pool.pages_beyond_limit:
             self._say("within", "what is backed is within the limit again")
 
-    def _release_for_neighbours(self, yields: bool) -> int:
+    def _release_for_neighbours(self, yields: bool) -> int | None:
         """Servers that share a device settle without talking: each lets go of what it needs least when memory is short.
 
         The reserve stays, so that what is let go here is not taken again by the next step.
 
-        Returns how many pages should go beyond those that are free.
+        Returns how many pages should go beyond those that are free; None: there is memory enough, as far as one knows.
         """
         margin_bytes = self.pool.pages.margin_bytes
         if not margin_bytes:
-            return 0
+            return None
         free_bytes = self.pool.pages.free_bytes()
         if free_bytes is None:
-            return 0
+            return None
         short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
         if short <= 0:
-            return 0
+            return None
         if yields:
             short = max(short, PAGES_YIELDED_AT_ONCE)
         spare = max(0, self.pool.pages.num_free_backed - self.reserve_pages)
@@ -243,9 +244,9 @@ class MemoryPolicy:
         assert self.ranks is not None
         if now < self._next_decision:
             return None
-        self._next_decision = now + LOOK_SECONDS
         most = max(1, self.ranks.least())
-        short = max(0, self.pool.pages.num_in_use - most)
+        short = max(self.pool.pages.num_in_use - most, self.ranks.shortest())
+        self._next_decision = now + (HASTY_LOOK_SECONDS if self._yields(now) else LOOK_SECONDS)
         decision = Decision(most, self._old_pages(tree_cache, now, short))
         return decision if decision != Decision(self.pool.pages.agreed_pages or 0, 0) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory, VTensorError
 from sgl_vtensor.srt import memory
-from sgl_vtensor.srt.agree import NUM_DIGESTS, Decision, Ranks
+from sgl_vtensor.srt.agree import BOARD_COLUMNS, Decision, Ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator, VTensorPrefillBudget
 from sgl_vtensor.srt.memory import (
     IDLE_NEIGHBOUR_SECONDS,
@@ -254,7 +255,7 @@ def test_prefixes_that_nobody_asks_for_are_dropped(keep: str, left: int) -> None
 
 def two_ranks(world: World) -> tuple[MemoryPolicy, Ranks]:
     """Rank 0's policy, and the other rank's side of the board."""
-    board = np.zeros((2, 1 + 2 * NUM_DIGESTS), dtype=np.int64)
+    board = np.zeros((2, BOARD_COLUMNS), dtype=np.int64)
     other = Ranks(1, board)
     other.publish(NUM_PAGES)
     return MemoryPolicy(world.pool, VTensorConfig(cache_seconds=60.0), ranks=Ranks(0, board)), other
@@ -288,6 +289,37 @@ def test_no_space_on_one_rank_is_no_space_on_all(world: World) -> None:
     other.publish(NUM_PAGES)
     policy.follow(policy.decide(world.tree, 2.0), world.tree)
     assert world.admits(100)
+
+
+def test_ranks_let_go_together_for_a_neighbour_of_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose pages are free knows each rank by itself; which prefixes go, all must agree on."""
+    monkeypatch.setattr(memory, "PAGES_YIELDED_AT_ONCE", 20)
+    policy, other = two_ranks(world)
+    policy.reserve_pages = 0
+    world.run(1, 100)
+    world.end(1, now=0.0)
+    policy.idle(world.tree, 1.0)
+    other.lack(30)
+    assert policy.decide(world.tree, 1.5) is None, "its users may come back at once"
+    policy.idle(world.tree, 3.5)
+    decision = policy.decide(world.tree, 3.5)
+    assert decision == Decision(NUM_PAGES, 30)
+    policy.follow(decision, world.tree)
+    other.lack(0)
+    assert policy.decide(world.tree, 5.0) is None and len(world.tree.evictable_leaves) == 70
+    # And for one of its own: free pages go at once, then prefixes by the bite, ten times a second.
+    world.pool.pages.margin_bytes = pages(world, 8)
+    now, gone = 10.0, []
+    for _ in range(12):
+        world.driver.capacity_bytes = world.driver.physical_bytes + pages(world, 1)
+        policy.idle(world.tree, now)
+        decision = policy.decide(world.tree, now)
+        if decision is not None:
+            policy.follow(decision, world.tree)
+        gone.append((world.num_backed, len(world.tree.evictable_leaves)))
+        now += 0.15
+    assert gone[0][0] == 80 and gone[-1] == (0, 0), gone
+    assert all(before[1] - after[1] <= 20 for before, after in pairwise(gone)), "a bite at a time"
 
 
 def test_a_rank_whose_memory_a_neighbour_took_waits_for_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +368,7 @@ def test_the_reserve_waits_for_no_memory_and_decides_nothing(world: World, monke
 @pytest.mark.parametrize("every_launch", [True, False])
 def test_ranks_that_decide_differently_are_found(every_launch: bool) -> None:
     """Also by a launch between two comparisons; and what comes later cannot hide it."""
-    board = np.zeros((2, 1 + 2 * NUM_DIGESTS), dtype=np.int64)
+    board = np.zeros((2, BOARD_COLUMNS), dtype=np.int64)
     one, two = (Ranks(rank, board, every_launch=every_launch) for rank in (0, 1))
 
     def launch(number: int, *, differs: bool = False) -> None:
