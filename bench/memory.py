@@ -94,6 +94,8 @@ class Look:
     live: int
     """What the tokens of requests and of the cache fill of it."""
     limit: int
+    each: tuple[int, ...] = ()
+    """What is backed of each server or replica."""
 
 
 class Watch(threading.Thread):
@@ -114,14 +116,15 @@ class Watch(threading.Thread):
 
     def look(self) -> Look:
         figures = [one for server in self.servers for one in server.replicas()]
-        backed = sum(one["backed_bytes"] for one in figures)
+        each = tuple(one["backed_bytes"] for one in figures)
         return Look(
             self.now_s,
-            self._device() if self._device else backed,
-            backed,
+            self._device() if self._device else sum(each),
+            sum(each),
             sum(one["pages_in_use"] * one["page_bytes"] for one in figures),
             sum(one["tokens_live"] * one["token_stride_bytes"] for one in figures),
             sum(one["limit_bytes"] for one in figures),
+            each,
         )
 
     def run(self) -> None:
@@ -269,6 +272,11 @@ class Questions:
                 for part, chosen in (("first bursts", runs[:2]), ("second bursts", runs[2:])):
                     self.note(Run.joined(chosen), f"pair with pauses, {part}", impl)
                 self.row_of(watch.looks, "pair with pauses", impl)
+            lines = {
+                f"server {number + 1}": [(one.at_s, one.each[number] / GIB) for one in watch.looks] for number in (0, 1)
+            }
+            path = self.options.out / f"pair-{impl.replace(' ', '-')}.svg"
+            line_plot(path, f"two servers, {impl}: KV memory", "s", "GiB", lines)
 
     def grow(self) -> None:
         """One server, twice: first its pool grows under the load; then most of what is needed is backed."""
@@ -361,12 +369,11 @@ class Questions:
             path = self.options.out / f"{question}-{impl.replace(' ', '-')}.csv"
             with path.open("w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(
-                    ("seconds", "device_bytes", "backed_bytes", "in_use_bytes", "live_bytes", "limit_bytes")
-                )
-                writer.writerows(
-                    (f"{one.at_s:.2f}", one.device, one.backed, one.in_use, one.live, one.limit) for one in watch.looks
-                )
+                head = ("seconds", "device_bytes", "backed_bytes", "in_use_bytes", "live_bytes", "limit_bytes", "each")
+                writer.writerow(head)
+                for one in watch.looks:
+                    each = " ".join(map(str, one.each))
+                    writer.writerow((f"{one.at_s:.2f}", one.device, one.backed, one.in_use, one.live, one.limit, each))
 
     def workload(self, users: int, *, sessions: int, seed: int = 1) -> workloads.Workload:
         """Questions that share nothing."""

@@ -558,7 +558,8 @@ class Soak:
             for what in ("limit", "backed", "in_use", "device")
         }
         line_plot(out / f"{name}-memory.svg", f"{name}: memory", "s", "GiB", memory)
-        _write_csv(out / f"{name}-memory.csv", [asdict(look) for look in watch.looks])
+        looks = [asdict(look) | {"each": " ".join(map(str, look.each))} for look in watch.looks]
+        _write_csv(out / f"{name}-memory.csv", looks)
         self.save()
         _write_csv(
             out / f"{name}-requests.csv",
