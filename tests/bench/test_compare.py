@@ -128,6 +128,18 @@ def test_the_budget_holds_and_keeps_what_was_measured(tmp_path: Path, monkeypatc
     assert {run["server"] for run in runs(tmp_path)} == {row["impl"] for row in rows(tmp_path)} == {"a", "b"}
 
 
+def test_what_cannot_end_in_time_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("STOP_SECONDS", 0.5), ("LEAST_SHARE", 1e9)):
+        monkeypatch.setattr(compare, name, value)
+    servers = {"a": FakeServer(delay_s=0.01), "b": FakeServer()}
+    assert compared(tmp_path, servers, "--workload=single", "--rounds=1", "--budget-seconds=60") == 1
+    said = capsys.readouterr().out
+    assert re.search(r"\d+ s are left for single on b; it took \d+ s before", said)
+    assert {run["server"] for run in runs(tmp_path)} == {"a"}
+
+
 def test_a_server_that_fails_is_told_and_spoils_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
