@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from sgl_vtensor.cli.progress import waiting
 from sgl_vtensor.config import format_bytes
 from sgl_vtensor.core.projection import project
 from sgl_vtensor.core.replay import Figures, Result, replay
-from sgl_vtensor.core.trace import TraceReader
+from sgl_vtensor.core.trace import Event, TraceReader
+
+EVENTS_SHOWN = 1000
+
+
+class ShownReader(TraceReader):
+    """Says how far it has come."""
+
+    def __init__(self, path: Path, show: Callable[[str], None]) -> None:
+        super().__init__(path)
+        self._show = show
+
+    def events(self) -> Iterator[Event]:
+        for event in super().events():
+            if event.number % EVENTS_SHOWN == 0:
+                self._show(f"{event.number:,} events again")
+            yield event
 
 
 def run(path: Path, *, page_tokens: int | None, num_rows: int | None, check_every: int | None, as_json: bool) -> int:
     """Replay, compare, check, and say what it took; 1 if something broke."""
-    reader = TraceReader(path)
-    results = {"recorded": replay(reader, check_every=check_every)}
-    if results["recorded"].broken is None and (page_tokens is not None or num_rows is not None):
-        results["other"] = project(reader, page_tokens=page_tokens, num_rows=num_rows, check_every=check_every)
+    with waiting(f"{path} is read") as show:
+        reader = ShownReader(path, show)
+        results = {"recorded": replay(reader, check_every=check_every)}
+        if results["recorded"].broken is None and (page_tokens is not None or num_rows is not None):
+            results["other"] = project(reader, page_tokens=page_tokens, num_rows=num_rows, check_every=check_every)
     broken = any(result.broken is not None for result in results.values())
     if as_json:
         print(json.dumps({name: _for_programs(result) for name, result in results.items()}, indent=1))

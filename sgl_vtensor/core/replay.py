@@ -26,7 +26,7 @@ from sgl_vtensor.vmm.proxy import DriverProxy
 TREE = 0
 """Owner of a page that no request owns: SGLang's radix tree."""
 PAGES_A_CHECK = 256
-"""A pool of so many pages is looked at after each event, one of twice as many after every second one, ..."""
+"""A pool of so many pages is looked at after each event, one of twice as many after every fourth one, ..."""
 BUGS = (VTensorError, AssertionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What an error of ours in the core may look like."""
 CAPACITY_BYTES = 1 << 50
@@ -472,8 +472,8 @@ def _same(what: str, found: object, recorded: object) -> None:
 
 
 def check_spacing(num_pages: int) -> int:
-    """After how many events all tables are looked at: the more of them the larger the pool, for a look costs more."""
-    return max(1, num_pages // PAGES_A_CHECK)
+    """After how many events all tables are looked at: a larger pool has both larger tables and longer traces."""
+    return max(1, (num_pages // PAGES_A_CHECK) ** 2)
 
 
 def replay(reader: TraceReader, *, check_every: int | None = None) -> Result:

@@ -633,3 +633,16 @@ def test_more_rows_are_a_larger_cache_of_mappings(path: Path) -> None:
 def test_an_event_reads_well() -> None:
     assert str(Event(7, Op.FREE, -1, [3, 4])) == "event 7, FREE [3, 4] -> VTENSOR"
     assert str(Event(8, Op.OPEN, 5, list(range(20)))).endswith("10, 11, ...] -> 5")
+
+
+def test_a_trace_of_a_gpu_runs_again_here() -> None:
+    """Of a server under load on an H200: 577 requests, 16 708 launches, 21 951 driver calls.
+
+    It holds which pages and rows were chosen, so it has to be recorded anew when that changes.
+    """
+    reader = TraceReader(Path(__file__).parents[2] / "bench/results/traces/chat-16k-2026-11-27-h200.trace")
+    result = replay(reader, check_every=20_000)
+    assert reader.header.driver == "cuda" and result.broken is None and result.bytes_left_out == 0
+    figures = result.figures
+    assert (figures.requests, figures.launches, result.events) == (577, 16_708, 66_640)
+    assert figures.driver_calls == {"create": 3_684, "release": 871, "map": 15_131, "unmap": 2_265, "refused": 0}
