@@ -82,8 +82,8 @@ class Comparison:
         self.failed = False
         """Something that was to be measured was not."""
         self._start_s = 0.0
-        self._took_s: dict[tuple[str, str], float] = {}
-        """Of each workload and state, the shortest run so far."""
+        self._took_s: dict[tuple[str, int, str], float] = {}
+        """Of each workload, number of users and state, the shortest run so far."""
 
     @property
     def left_s(self) -> float:
@@ -181,13 +181,17 @@ class Comparison:
                     server.flush()
                 for state in self.options.states:
                     for server in servers:
-                        took_s = self._took_s.get((name, state), 0.0)
-                        if self.left_s < LEAST_SHARE * took_s:
-                            left = f"{self.left_s:.0f} s are left for {name} on {server.name}"
-                            raise OutOfTime(f"{left}; it took {took_s:.0f} s before")
-                        run, spent = self._play(server, workload)
-                        self._took_s[name, state] = min(took_s or run.seconds, run.seconds)
-                        self._record(server, workload, seed, state, run, spent)
+                        self._measure_one(server, workload, seed, state)
+
+    def _measure_one(self, server: Remote, workload: Workload, seed: int, state: str) -> None:
+        kind = workload.name, workload.users, state
+        took_s = self._took_s.get(kind, 0.0)
+        if self.left_s < LEAST_SHARE * took_s:
+            left = f"{self.left_s:.0f} s are left for {workload.name} on {server.name}"
+            raise OutOfTime(f"{left}; it took {took_s:.0f} s before")
+        run, spent = self._play(server, workload)
+        self._took_s[kind] = min(took_s or run.seconds, run.seconds)
+        self._record(server, workload, seed, state, run, spent)
 
     def _workload(self, name: str, seed: int) -> Workload:
         name, _, users = name.partition("@")

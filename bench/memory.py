@@ -94,7 +94,7 @@ class Look:
     live: int
     """What the tokens of requests and of the cache fill of it."""
     limit: int
-    each: tuple[int, ...] = ()
+    each: tuple[int, ...]
     """What is backed of each server or replica."""
 
 
@@ -380,19 +380,20 @@ class Questions:
         built = workloads.build("single", seed, scale=self.options.scale, users=sessions)
         return replace(built, sessions=built.sessions[:sessions], users=users)
 
-    def questions(self, kind: workloads.Kind, users: int, seed: int = 1) -> workloads.Workload:
+    def questions(
+        self, kind: workloads.Kind, users: int, seed: int = 1, *, think_s: float = 0.0
+    ) -> workloads.Workload:
         """``users`` who all come at once, one session each."""
-        built = workloads.build(kind, seed, scale=self.options.scale, users=users)
+        built = workloads.build(kind, seed, scale=self.options.scale, users=users, think_s=think_s)
         return replace(built, sessions=built.sessions[:users], users=users)
 
     def chats(self, users: int, seed: int = 1) -> workloads.Workload:
         """``users`` who begin one after another and pause before each further turn."""
         scale = self.options.scale
-        built = workloads.build(BURST, seed, scale=scale, users=users, think_s=scale * PAUSE_SECONDS)
-        sessions = (
-            replace(session, start_s=scale * number * ARRIVAL_SECONDS) for number, session in enumerate(built.sessions)
-        )
-        return replace(built, sessions=tuple(sessions)[:users], users=0)
+        at_once = self.questions(BURST, users, seed, think_s=scale * PAUSE_SECONDS)
+        every_s = scale * ARRIVAL_SECONDS
+        sessions = (replace(session, start_s=number * every_s) for number, session in enumerate(at_once.sessions))
+        return replace(at_once, sessions=tuple(sessions), users=0)
 
     def _users(self, server: Remote, share: float, kind: workloads.Kind) -> int:
         """So many that their tokens fill this share of the server's limit; no batch beyond those with a graph."""

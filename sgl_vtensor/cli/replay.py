@@ -36,7 +36,7 @@ class ShownReader(TraceReader):
 
 def run(path: Path, *, page_tokens: int | None, num_rows: int | None, check_every: int | None, as_json: bool) -> int:
     """Replay, compare, check, and say what it took; 1 if something broke."""
-    with waiting(f"{path} is read") as show:
+    with waiting("The trace is read") as show:
         reader = ShownReader(path, show)
         results = {"recorded": replay(reader, check_every=check_every)}
         if results["recorded"].broken is None and (page_tokens is not None or num_rows is not None):

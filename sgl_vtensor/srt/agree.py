@@ -2,8 +2,8 @@
 
 SGLang repeats every decision on every rank, from the same requests. Two things are not the same everywhere: the clock,
 and the free memory of each rank's device. So rank 0 decides what follows from those and sends its decision along with
-the requests that SGLang broadcasts anyway, when it has changed. What the other ranks can back, rank 0 reads from a
-board in shared memory.
+the requests that SGLang broadcasts anyway, when it has changed. What the other ranks can back, and what they should let
+go, rank 0 reads from a board in shared memory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Ranks:
         self._every = 1 if every_launch else COMPARE_LAUNCHES
         self._digest = 0
         self._possible = board[:, 0]
-        self._short = board[:, 1]
+        self._lacking = board[:, 1]
         self._digests = board[:, 2:].reshape(len(board), NUM_DIGESTS, 2)
 
     def publish(self, num_pages: int) -> None:
@@ -65,15 +65,15 @@ class Ranks:
 
     def lack(self, num_pages: int) -> None:
         """Say how many pages of its cache this rank should let go, for neighbours on its device."""
-        self._short[self.rank] = num_pages
+        self._lacking[self.rank] = num_pages
 
     def least(self) -> int:
         """How many pages every rank could have in use."""
         return int(self._possible.min())
 
-    def shortest(self) -> int:
+    def most_lacking(self) -> int:
         """How many pages the rank with the hungriest neighbours should let go."""
-        return int(self._short.max())
+        return int(self._lacking.max())
 
     def note(self, launch: int, *decided: npt.NDArray[np.int64]) -> None:
         """Take what this rank decided for a launch into its running hash, and now and then compare all ranks' hashes.

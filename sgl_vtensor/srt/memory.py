@@ -191,10 +191,12 @@ class MemoryPolicy:
         short = -(-(2 * margin_bytes - free_bytes) // self.pool.layout.page_bytes)
         if short <= 0:
             return None
+        at_once = PAGES_RELEASED_AT_ONCE
         if yields:
-            short = max(short, PAGES_YIELDED_AT_ONCE)
+            at_once = PAGES_YIELDED_AT_ONCE
+            short = max(short, at_once)
         spare = max(0, self.pool.pages.num_free_backed - self.reserve_pages)
-        if self._release(self.reserve_pages, min(short, PAGES_YIELDED_AT_ONCE if yields else PAGES_RELEASED_AT_ONCE)):
+        if self._release(self.reserve_pages, min(short, at_once)):
             self._say("neighbours", "the device has %s free: free pages go back to it", format_bytes(free_bytes))
         return max(0, short - spare)
 
@@ -245,7 +247,7 @@ class MemoryPolicy:
         if now < self._next_decision:
             return None
         most = max(1, self.ranks.least())
-        short = max(self.pool.pages.num_in_use - most, self.ranks.shortest())
+        short = max(self.pool.pages.num_in_use - most, self.ranks.most_lacking())
         self._next_decision = now + (HASTY_LOOK_SECONDS if self._yields(now) else LOOK_SECONDS)
         decision = Decision(most, self._old_pages(tree_cache, now, short))
         return decision if decision != Decision(self.pool.pages.agreed_pages or 0, 0) else None

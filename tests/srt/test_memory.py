@@ -419,16 +419,15 @@ def test_an_idle_server_yields_to_a_neighbour_sooner(world: World, monkeypatch: 
     def idle_until(end: float) -> None:
         nonlocal now
         while now < end:
-            world.driver.capacity_bytes = world.driver.physical_bytes + pages(
-                world, 1
-            )  # the neighbour takes what there is
+            # The neighbour takes what there is.
+            world.driver.capacity_bytes = world.driver.physical_bytes + pages(world, 1)
             world.policy.idle(world.tree, now)
             now += 0.01
 
     idle_until(IDLE_NEIGHBOUR_SECONDS - 0.1)
     assert world.num_backed == 100, "its users may come back at once"
     idle_until(IDLE_NEIGHBOUR_SECONDS + 0.4)
-    assert 0 < world.num_backed <= 100 - 3 * 20, "more than the 15 that are missing, ten times a second"
+    assert 0 < world.num_backed <= 100 - 4 * 20, "more than the 15 that are missing, ten times a second"
     idle_until(IDLE_NEIGHBOUR_SECONDS + 1.5)
     assert world.num_backed == 0
     world.driver.capacity_bytes = total
