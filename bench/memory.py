@@ -380,9 +380,7 @@ class Questions:
         built = workloads.build("single", seed, scale=self.options.scale, users=sessions)
         return replace(built, sessions=built.sessions[:sessions], users=users)
 
-    def questions(
-        self, kind: workloads.Kind, users: int, seed: int = 1, *, think_s: float = 0.0
-    ) -> workloads.Workload:
+    def questions(self, kind: workloads.Kind, users: int, seed: int = 1, *, think_s: float = 0.0) -> workloads.Workload:
         """``users`` who all come at once, one session each."""
         built = workloads.build(kind, seed, scale=self.options.scale, users=users, think_s=think_s)
         return replace(built, sessions=built.sessions[:users], users=users)
