@@ -259,6 +259,11 @@ class Pages:
         self._free_unbacked.append(page)
         self._drop_handle(page)
 
+    def clear(self, pages: Iterable[int]) -> None:
+        """Have these pages zeroed with the fresh ones, before anything of the next launch."""
+        known = set(self.fresh)
+        self.fresh += [page for page in pages if page not in known]
+
     def take_fresh(self, epoch: int) -> Sequence[int]:
         """Pages to zero before anything else of launch ``epoch``; the caller does it, on that launch's stream."""
         fresh, self.fresh = [page for page in self.fresh if self.backed[page]], []

@@ -312,6 +312,14 @@ class VTensorPool:
 
     # Launches.
 
+    def clear(self, pages: Sequence[int]) -> None:
+        """Have pages zeroed before the next launch, of which the requests that they were given to fill but a part.
+
+        A kernel that reads whole tiles reads behind a request's last token, and what another request left there may
+        be NaN: times a probability of 0 that is NaN.
+        """
+        self.pages.clear(pages)
+
     def take_fresh(self) -> Sequence[int]:
         """Pages that the next launch must zero before anything else, on its own stream."""
         return self.pages.take_fresh(self.epochs.launched + 1)

@@ -278,6 +278,8 @@ class Replay:
         """page -> the slot that has it, or TREE."""
         self._ending: set[int] = set()
         """Slots that have given pages back and are closed next; until then they want what they no longer have."""
+        self._begun: set[int] = set()
+        """Pages to be zeroed before the next launch, since requests fill but a part of them."""
         self.figures = Figures(header.layout.page_tokens, header.num_rows, header.layout.page_bytes)
         self._event = Event(0, Op.RESET, 0, [])
         self._steps: dict[Op, Callable[[Event], int]] = {
@@ -291,6 +293,7 @@ class Replay:
             Op.SECURE: lambda event: self.pool.secure(event.args[0], beyond_limit=bool(event.args[1])),
             Op.PREPARE: lambda event: self.pool.prepare(event.args[0]) or 0,  # type: ignore[func-returns-value]
             Op.SHRINK: self._shrink,
+            Op.CLEAR: self._clear,
             Op.FRESH: self._fresh,
             Op.LAUNCH: self._launch,
             Op.DRAIN: self._drain,
@@ -424,14 +427,27 @@ class Replay:
         keep, at_most = event.args
         return self.pool.shrink(keep, at_most=None if at_most < 0 else at_most)
 
+    def _clear(self, event: Event) -> int:
+        kept = [page for page in event.args if self.owner.get(page, TREE) == TREE]
+        if kept:
+            raise InvariantBroken(f"pages {kept} are to be zeroed, and no request alone has them")
+        self._begun.update(event.args)
+        self.pool.clear(event.args)
+        return 0
+
     def _fresh(self, event: Event) -> int:
         fresh = list(self.pool.take_fresh())
+        self._begun.difference_update(fresh)
         self.launches.zero(fresh)
         return len(fresh)
 
     def _launch(self, event: Event) -> int:
         if self._ending:
             raise InvariantBroken(f"slots {sorted(self._ending)} are launched, and their pages have been freed")
+        stale = [page for page in sorted(self._begun) if self.pool.pages.backed[page]]
+        self._begun.clear()
+        if stale:
+            raise InvariantBroken(f"pages {stale} were to be zeroed before a launch, and were not")
         self.launches.launch(fenced=bool(event.args[0]))
         self.figures.launches += 1
         return 0

@@ -67,6 +67,7 @@ class Op(IntEnum):
     SHUTDOWN = 15
     UNMAP = 16  # outcome: mappings of parked rows that are gone
     AHEAD = 17  # driver calls at most, then each prefix: how many pages, pages...; outcome: positions mapped
+    CLEAR = 18  # pages...: given to requests, to be zeroed before the next launch
 
 
 class Raised(IntEnum):
@@ -438,6 +439,11 @@ class RecordedPool(VTensorPool):
         with _Scope(self, Op.UNMAP, []) as scope:
             gone = scope.outcome = super().unmap_parked()
         return gone
+
+    def clear(self, pages: Sequence[int]) -> None:
+        if pages:
+            with _Scope(self, Op.CLEAR, list(pages)):
+                super().clear(pages)
 
     def take_fresh(self) -> Sequence[int]:
         if not self.pages.fresh:

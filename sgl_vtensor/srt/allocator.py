@@ -92,9 +92,12 @@ class VTensorPrefillBudget(PrefillBudget):
         return min(chunk_limit, fitting) if fitting > 0 else None
 
     def _secure(self, num_tokens: int, *, beyond_limit: bool = False) -> bool:
-        """Take the memory for these tokens and all that was admitted before them in this pass."""
+        """Take the memory for these tokens and all that was admitted before them in this pass.
+
+        Cached prefixes give theirs later: the requests behind these may hit them, and lock what they hit.
+        """
         admitted = self.ceil_paged_tokens(self.current_offset) + self.ceil_paged_tokens(num_tokens)
-        return self.allocator.secure(
+        return self.allocator.can_serve(
             admitted // self.page_size + 1 + self._num_mixed,
             self.tree_cache,
             beyond_limit=beyond_limit or self._beyond_limit(),
@@ -136,15 +139,18 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
 
     @contextmanager
     def serving(self, batch: Any, *, extending: bool) -> Iterator[None]:
-        """Allocate for this batch: its requests, in its order."""
+        """Allocate for this batch: its requests, in its order.
+
+        The policy has its turn afterwards: nothing may let go of memory between a batch's admission and this.
+        """
         self.pool.drain(in_flight=1 if batch.enable_overlap else 0)
-        if self._policy is not None:
-            self._policy.step(batch.tree_cache, time.monotonic())
         self._batch, self.extending = batch, extending
         try:
             yield
         finally:
             self._batch = None
+        if self._policy is not None:
+            self._policy.step(batch.tree_cache, time.monotonic())
 
     # Capacity. Retired pages count as available: reuse is ordered by the forward stream.
 
@@ -179,17 +185,52 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
             time.sleep(LAST_REQUEST_POLL_SECONDS)
         return True
 
+    def can_serve(self, num_pages: int, tree_cache: Any, *, beyond_limit: bool = False) -> bool:
+        """Take memory for so many pages, but for what cached prefixes can give when the pages are allocated.
+
+        ``beyond_limit``: if they and the limit do not suffice, what the pool's size allows.
+        """
+        evictable = tree_cache.evictable_size() // self.page_size
+        for beyond in (False, True) if beyond_limit else (False,):
+            if self.pool.secure(num_pages, beyond_limit=beyond):
+                return True
+            if self._missing(num_pages, beyond_limit=beyond) <= evictable:
+                return True
+        self.note_shortage()
+        return False
+
+    def _missing(self, num_pages: int, *, beyond_limit: bool = False) -> int:
+        """So many of these pages must come from cached prefixes, since neither limit nor memory allows for more.
+
+        The same on all ranks, which have agreed on what there is. The memory for the others is taken.
+        """
+        pool, pages = self.pool, self.pool.pages
+        missing = pages.num_in_use + num_pages - pages.most_in_use(beyond_limit=beyond_limit)
+        if missing < num_pages:
+            pool.secure(num_pages - max(missing, 0), beyond_limit=beyond_limit)
+        if pages.agreed_pages is None:
+            missing = num_pages - pages.num_free_backed  # the driver may have refused what it said was free
+        return missing
+
+    def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
+        """SGLang counts a page too many for each request before it allocates; there ``_grow`` evicts what lacks."""
+        if self._batch is not None:
+            return None
+        evicted: bool | None = super().evict_to_free_tokens(tree_cache, num_tokens)
+        return evicted
+
     def secure(self, num_pages: int, tree_cache: Any, *, beyond_limit: bool = False) -> bool:
         """Take memory for so many pages, from cached prefixes if need be; leave those alone if it would not help."""
-        pool, pages = self.pool, self.pool.pages
-        if pool.secure(num_pages, beyond_limit=beyond_limit):
+        if beyond_limit and self.secure(num_pages, tree_cache):
             return True
-        shortage = pages.num_in_use + num_pages - pages.most_in_use(beyond_limit=beyond_limit)
-        if shortage > tree_cache.evictable_size() // self.page_size:
+        secure = lambda: self.pool.secure(num_pages, beyond_limit=beyond_limit)  # noqa: E731
+        if secure():
+            return True
+        missing = self._missing(num_pages, beyond_limit=beyond_limit)
+        if missing > tree_cache.evictable_size() // self.page_size:
             self.note_shortage()
             return False
-        secure = lambda: pool.secure(num_pages, beyond_limit=beyond_limit)  # noqa: E731
-        return self._evict_until(secure, tree_cache, at_first=shortage)
+        return self._evict_until(secure, tree_cache, at_first=missing)
 
     def note_shortage(self) -> None:
         if self._policy is not None:
@@ -274,8 +315,19 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         return self._batch
 
     def _grow(self, slots: list[int], stops: list[int], tree_cache: Any) -> bool:
-        grow = lambda: self.pool.grow(slots, stops, beyond_limit=True)  # noqa: E731
-        return grow() or self._evict_until(grow, tree_cache)
+        """Give the requests their pages. Within the limit, from cached prefixes if need be; only then beyond it."""
+        pool = self.pool
+        had = [int(pool.num_wanted[slot]) for slot in slots]
+        num_pages = sum(max(0, pool.layout.num_pages(stop) - have) for stop, have in zip(stops, had, strict=True))
+        if not pool.secure(num_pages) and (missing := self._missing(num_pages)) > 0:
+            tree_cache.evict(EvictParams(num_tokens=missing * self.page_size))
+        grow = lambda: pool.grow(slots, stops, beyond_limit=True)  # noqa: E731
+        if not grow() and not self._evict_until(grow, tree_cache):
+            return False
+        ends = [divmod(stop, self.page_size) for stop in stops]
+        begun = [(slot, at) for slot, have, (at, rest) in zip(slots, had, ends, strict=True) if rest and at >= have]
+        pool.clear([int(pool.wanted[place]) for place in begun])
+        return True
 
     def _evict_until(self, succeeds: Callable[[], bool], tree_cache: Any, *, at_first: int = 1) -> bool:
         """Evict the pages known to be missing, then one by one until a neighbour's hunger for memory is made good."""

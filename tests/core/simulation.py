@@ -236,6 +236,7 @@ class Kernel:
         self.home_reads: list[tuple[Marks, Marks]] = []  # token slots, what is there
         reads_homes = not pool.is_synced([part.request.slot for part in parts])
         assert server.world.homes or not reads_homes, "a launch reads rows that are not mapped"
+        self.tails: list[tuple[int, int]] = []  # page, bytes of it that have tokens
         self.mappings: list[tuple[int, Mapping]] = []
         written: set[int] = set()
         for part in parts:
@@ -248,6 +249,9 @@ class Kernel:
             slots.append(pages * size + positions % size)
             marks.append(expected[part.start :])
             written.update(pages.tolist())
+            if part.stop % size:
+                used = part.stop % size * pool.layout.token_stride_bytes
+                self.tails.append((int(pool.wanted[slot, part.stop // size]), used))
             if reads_homes:
                 tokens = np.arange(part.stop)
                 pages = pool.wanted[slot, tokens // size].astype(np.int64)
@@ -288,6 +292,8 @@ class Kernel:
                     at = int(np.flatnonzero(found != expected)[0])
                     raise AssertionError(f"row {row} shows {found[at]} at token {at}, not {expected[at]}")
 
+        for page, used in self.tails:
+            assert not self.server.page_bytes[page, used:].any(), f"page {page} is not zero behind the last token"
         for slots, expected in self.home_reads:
             for view in self.server.home_marks:
                 assert np.array_equal(view[slots], expected), f"homes show {view[slots]}, not {expected}"
@@ -639,7 +645,11 @@ class Server:
             need = sum(-(-p.stop // size) - (-(-p.start // size) if kind else p.start // size) for p in some)
             self._evict(lambda need=need: pool.pages.num_available >= need)  # type: ignore[misc]
             grow = lambda slots=slots, stops=stops: pool.grow(slots, stops, beyond_limit=True)  # noqa: E731
+            before = pool.num_wanted[slots]
             assert grow() or self._evict(grow), "SGLang was promised pages that are not there"
+            ends = [(p.request.slot, p.stop // size) for p in some if p.stop % size]
+            begun = dict(zip(slots, before.tolist(), strict=True))
+            pool.clear([int(pool.wanted[slot, position]) for slot, position in ends if position >= begun[slot]])
             self.copies += [copy for part in some if (copy := self._copy_for(part))]
         batch = np.array([p.request.slot for p in parts], dtype=np.int32)
         if not self.world.homes or self.dice.random() < 0.4:

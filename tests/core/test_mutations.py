@@ -174,6 +174,11 @@ def zeroing_is_no_use(patch: Patch) -> None:
     patch.setattr(Pages, "take_fresh", lambda self, epoch: original(self, 0))
 
 
+def begun_pages_are_not_cleared(patch: Patch) -> None:
+    """Stale bytes: a kernel that reads whole tiles reads what another request left behind the last token."""
+    patch.setattr(Pages, "clear", lambda self, pages: None)
+
+
 def parked_mappings_are_ownership(patch: Patch) -> None:
     """Double ownership: the page that a row shows is taken, whoever has it now."""
     original = Pages.take
@@ -261,6 +266,7 @@ MUTATIONS: list[Callable[[Patch], None]] = [
     shrink_forgets_running_launches,
     shrink_forgets_zeroing,
     zeroing_is_no_use,
+    begun_pages_are_not_cleared,
     parked_mappings_are_ownership,
     rows_are_parked_in_use,
     mapping_ahead_overtakes_launches,

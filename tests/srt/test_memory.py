@@ -25,6 +25,7 @@ from sgl_vtensor.srt.memory import (
     NEIGHBOUR_SECONDS,
     PAGES_CREATED_AT_ONCE,
     PAGES_RELEASED_AT_ONCE,
+    PAGES_RELEASED_UNDER_LOAD,
     LimitHandler,
     MemoryPolicy,
 )
@@ -86,7 +87,7 @@ class World:
         self.policy = MemoryPolicy(self.pool, VTensorConfig(**settings))
         self.tree = Tree(self.pool)
         self.allocator: Any = VTensorAllocator.__new__(VTensorAllocator)
-        self.allocator.page_size = PAGE_TOKENS
+        self.allocator.page_size, self.allocator._batch = PAGE_TOKENS, None
         self.allocator._pool, self.allocator._policy = self.pool, self.policy
         self.allocator._kvcache = SimpleNamespace(pages=self.pool.pages)
 
@@ -211,6 +212,73 @@ def test_admission_takes_the_memory_that_it_counts_on(world: World) -> None:
     assert not world.admits(60)
     world.driver.capacity_bytes += free
     assert world.admits(60)
+
+
+def test_admission_leaves_the_cache_to_those_who_are_admitted_next(world: World) -> None:
+    """They may hit, and lock, what an earlier request's pages would have cost them. At most all of it is promised."""
+    world.run(1, 250)
+    world.end(1, now=0.0)
+    budget = world.budget()
+    assert world.admits(100, budget)
+    hit = world.tree.evictable_leaves.pop()
+    assert world.admits(50, budget)
+    assert len(world.tree.evictable_leaves) == 249, "nothing is thrown away"
+    assert not world.admits(149, budget), "that page is locked now, and each request is granted one for rounding"
+    world.pool.open(2, [], 150 * PAGE_TOKENS)
+    assert world.allocator._grow([2], [150 * PAGE_TOKENS], world.tree)
+    assert len(world.tree.evictable_leaves) == 149, "so many as were missing, the oldest"
+    assert not world.pool.pages.is_free[hit.value.pages[0]]
+
+
+@pytest.mark.parametrize("limit", [280, 220])
+def test_pages_come_from_the_cache_before_they_come_from_beyond_the_limit(world: World, limit: int) -> None:
+    world.run(1, 200)
+    world.end(1, now=0.0)
+    world.policy.set_limit(pages(world, limit))
+    assert world.admits(100)
+    world.pool.open(2, [], 100 * PAGE_TOKENS)
+    assert world.allocator._grow([2], [100 * PAGE_TOKENS], world.tree)
+    assert len(world.tree.evictable_leaves) == limit - 100 and world.num_backed == limit
+
+
+def test_a_driver_that_refuses_what_it_said_was_free_costs_the_cache_and_no_request() -> None:
+    with HostDriver(capacity_bytes=64 << 20) as inner:
+        driver = FaultyDriver(inner)
+        world = World(driver)
+        world.run(1, 30)
+        world.end(1, now=0.0)
+        driver.plan.append(Fault("create", lambda _: True, OutOfMemory))
+        assert world.admits(20) and len(world.tree.evictable_leaves) == 30
+        assert not world.admits(40)
+        world.pool.open(2, [], 20 * PAGE_TOKENS)
+        assert world.allocator._grow([2], [20 * PAGE_TOKENS], world.tree)
+        assert len(world.tree.evictable_leaves) == 10
+        world.pool.shutdown()
+
+
+def test_a_page_that_a_request_begins_is_cleared_of_what_another_left(world: World) -> None:
+    """FlashAttention-3 reads whole tiles: NaN behind the last token would be in the answer. Full pages are written."""
+    world.run(1, 3)
+    world.pool.take_fresh()
+    left = world.pool.pages_of(1, 0, 3)
+    world.pool.free(left)
+    world.pool.close(1)
+    world.pool.open(1, [], 3 * PAGE_TOKENS)
+    for stop, cleared in ((40, [2]), (44, []), (48, []), (49, [3]), (50, []), (64, [])):
+        assert world.allocator._grow([1], [stop], world.tree)
+        pages = world.pool.pages_of(1, 0, -(-stop // PAGE_TOKENS))
+        assert list(world.pool.take_fresh()) == [pages[position] for position in cleared], stop
+    assert set(pages[:3]) == set(left), "they are used again"
+
+
+def test_nothing_lets_go_of_memory_between_admission_and_allocation(world: World) -> None:
+    """The policy has its turn behind an allocation: it may give a neighbour what admission has counted on."""
+    said: list[str] = []
+    world.allocator._policy = SimpleNamespace(step=lambda tree, now: said.append("policy"))
+    batch = SimpleNamespace(enable_overlap=True, tree_cache=world.tree)
+    with world.allocator.serving(batch, extending=True):
+        said.append("allocation")
+    assert said == ["allocation", "policy"]
 
 
 def test_a_prefill_under_way_gets_a_shorter_chunk_or_waits(world: World) -> None:
@@ -537,6 +605,47 @@ def test_the_reserve_is_filled_behind_launches_a_few_pages_at_a_time(world: Worl
     assert world.num_backed == 2, "the limit holds for the reserve, too"
 
 
+def test_free_pages_that_nobody_needs_go_back_under_load(world: World) -> None:
+    """What comes and goes within the time stays: it would only be created anew. The reserve stays, too."""
+    world.policy.reserve_pages = 10
+    world.run(1, 150)
+    world.pool.free(world.pool.pages_of(1, 0, 150))
+    world.pool.close(1)
+
+    def second(now: int, needed: int) -> None:
+        """Two steps, and a request that comes and goes."""
+        world.policy.step(world.tree, now)
+        world.run(2, needed)
+        world.policy.step(world.tree, now + 0.5)
+        world.pool.free(world.pool.pages_of(2, 0, needed))
+        world.pool.close(2)
+        world.pool.drain(in_flight=0)
+
+    for now in range(20):
+        second(now, 100)
+    assert world.num_backed == 100 + 10, "50 were never needed; of what is left free the reserve is kept"
+    for now in range(20, 60):
+        second(now, 100)
+    assert world.num_backed == 110 and world.pool.pages.num_created == 150, "nothing goes that is needed again"
+    for now in range(60, 82):
+        second(now, 1)
+    assert world.num_backed == 11
+
+
+def test_the_memory_that_goes_back_under_load_holds_up_no_launch(world: World) -> None:
+    world.run(1, 250)
+    world.pool.free(world.pool.pages_of(1, 0, 250))
+    world.pool.close(1)
+    world.pool.drain(in_flight=0)
+    seen = []
+    for number in range(200):
+        world.policy.step(world.tree, number / 10)
+        seen.append(world.num_backed)
+    gone = [before - after for before, after in pairwise(seen)]
+    assert max(gone) == PAGES_RELEASED_UNDER_LOAD and seen[-1] == 0
+    assert all(not (first and second) for first, second in pairwise(gone)), "not in steps that follow each other"
+
+
 def test_an_idle_server_gives_memory_back_in_steps(world: World) -> None:
     world.run(1, 200)
     world.pool.free(world.pool.pages_of(1, 0, 200))
@@ -560,7 +669,11 @@ def test_work_puts_giving_back_off(world: World) -> None:
     world.pool.free(world.pool.pages_of(1, 0, 3))
     world.pool.close(1)
     world.policy.idle(world.tree, 0.0)
+    world.run(2, 3)
+    world.policy.step(world.tree, 5.0)
     world.policy.launched()
+    world.pool.free(world.pool.pages_of(2, 0, 3))
+    world.pool.close(2)
     world.policy.idle(world.tree, 11.0)
     assert world.pool.pages.num_free_backed == 3
     world.policy.idle(world.tree, 21.0)
