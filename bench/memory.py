@@ -56,7 +56,7 @@ MOST_USERS = 64
 BURST = workloads.Kind("chats with a history", 1, 1, 1, 0, turns=6, question=64, answer=64, history=4000)
 ARRIVAL_SECONDS = 0.15
 """From one chat of a burst to the next: a GPU computes the history of an 8B model in two thirds of it."""
-PAUSE_SECONDS = 3.0
+PAUSE_SECONDS = 1.0
 QUESTIONS = ("curve", "grow", "limit", "neighbour", "pair", "replicas")
 WATCH_SECONDS = 0.25
 BEFORE_SECONDS = 3.0
@@ -264,14 +264,13 @@ class Questions:
                 stride_bytes = servers[0].vtensor()["token_stride_bytes"]
                 users = max(2, int(0.7 * free / stride_bytes / self.chats(1).longest))
                 print(f"  {impl}: {free / GIB:.1f} GiB are free, {users} users in a burst", flush=True)
-                runs: list[Run] = []
-                for turn in range(4):  # A, B, A, B: the second time with the histories of the first
-                    run = self.load(servers[turn % 2], self.chats(users, seed=10 + turn % 2))
-                    runs.append(run)
-                    print(f"  {impl} burst {turn + 1}: {_shown(run)}", flush=True)
-                for part, chosen in (("first bursts", runs[:2]), ("second bursts", runs[2:])):
-                    self.note(Run.joined(chosen), f"pair with pauses, {part}", impl)
-                self.row_of(watch.looks, "pair with pauses", impl)
+                for part in ("first", "second"):  # A, B, A, B: the second time with the histories of the first
+                    runs: list[Run] = []
+                    for number, server in enumerate(servers):
+                        runs.append(self.load(server, self.chats(users, seed=10 + number)))
+                        print(f"  {impl}, {part} burst of server {number + 1}: {_shown(runs[-1])}", flush=True)
+                    self.note(Run.joined(runs), f"pair with pauses of {PAUSE_SECONDS:g} s, {part} bursts", impl)
+                self.row_of(watch.looks, f"pair with pauses of {PAUSE_SECONDS:g} s", impl)
             lines = {
                 f"server {number + 1}": [(one.at_s, one.each[number] / GIB) for one in watch.looks] for number in (0, 1)
             }

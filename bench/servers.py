@@ -175,6 +175,11 @@ class Server(Remote):
     def running(self) -> bool:
         return self._process.running()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that has the others."""
+        return self._process.group
+
     def failure(self, what: str) -> Exception:
         return self._process.failed(what)
 

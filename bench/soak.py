@@ -122,12 +122,13 @@ class Answer:
     def apart(self, other: Answer) -> float:
         """How far logprobs are apart at most, in nat, up to the first token that differs: later ones see other text.
 
-        Infinite where one's token is not among the other's likeliest.
+        Infinite where one's token is not among the other's likeliest, or a logprob is no number.
         """
         most = 0.0
         for mine, theirs, here, there in zip(self.ids, other.ids, self.likeliest, other.likeliest, strict=False):
-            none = -math.inf
-            most = max(most, *(abs(here.get(token, none) - there.get(token, none)) for token in (mine, theirs)))
+            for token in (mine, theirs):
+                apart = abs(here.get(token, math.nan) - there.get(token, math.nan))
+                most = math.inf if math.isnan(apart) else max(most, apart)
             if mine != theirs:
                 break
         return most
@@ -168,7 +169,9 @@ class Probing(Native):
             said = json.loads(last)
             tops = said["meta_info"]["output_top_logprobs"]
             self.answer = Answer(
-                tuple(said["output_ids"]), tuple({token: value for value, token, *_ in place} for place in tops)
+                tuple(said["output_ids"]),
+                # JSON has no NaN: SGLang writes null.
+                tuple({token: math.nan if value is None else value for value, token, *_ in place} for place in tops),
             )
 
 
@@ -517,7 +520,10 @@ class Soak:
         gone = Counter(sample.fate for sample in load.samples if sample.error and sample.fate != "stays")
         found |= {"finished": dict(sorts), "gone": dict(gone), "done": dict(load.done), "errors": dict(errors)}
         found |= {"windows": windows, "answers": answers}
-        found["apart_nat"] = {occasion: [statistics.median(nats), max(nats)] for occasion, nats in apart.items()}
+        found["apart_nat"] = {  # null, since JSON has no infinity
+            occasion: [nat if math.isfinite(nat) else None for nat in (statistics.median(nats), max(nats))]
+            for occasion, nats in apart.items()
+        }
         found["first_difference"] = min((at for one in load.canaries for at in one.first_differences), default=None)
         print(f"  {name}: {found['seconds']:.0f} s; finished {dict(sorts)}; gone {dict(gone)}; {dict(load.done)}")
         print(f"  {found['retracted']} requests retracted, as far as the log tells; errors: {dict(errors) or 'none'}")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import soak
 from aiohttp import web
+from workloads import Session, Turn
 
 from .fake_sglang import FakeServer
 from .test_compare import in_thread
@@ -165,6 +166,18 @@ def test_how_far_answers_are_apart() -> None:
     assert idle.apart(rounded) == rounded.apart(idle) == pytest.approx(0.06)
     assert idle.apart(idle) == 0
     assert idle.apart(soak.Answer((5, 1, 1), ({5: -0.1}, {1: -0.1, 2: -3.0}, {1: -0.1}))) == float("inf")
+
+
+def test_a_logprob_that_is_no_number_is_wrong() -> None:
+    """SGLang writes NaN as null."""
+    tops = [[[-0.1, 5, None]], [[None, 7, None]]]
+    meta = {"prompt_tokens": 1, "completion_tokens": 2, "output_top_logprobs": tops}
+    said = {"output_ids": [5, 7], "meta_info": meta}
+    talk = soak.Probing(Session(0, 0, (), ()), "", "server")
+    talk.close(json.dumps(said).encode(), soak.Asked(), Turn((1,), 2))
+    good = soak.Answer((5, 7), ({5: -0.1}, {7: -0.2}))
+    assert talk.answer.ids == good.ids
+    assert talk.answer.apart(good) == good.apart(talk.answer) == talk.answer.apart(talk.answer) == float("inf")
 
 
 def test_the_budget_and_sigterm_end_it_with_what_there_is(tmp_path: Path) -> None:
