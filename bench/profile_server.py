@@ -51,11 +51,11 @@ def functions_of(stacks: Path) -> Counter[str]:
     samples: Counter[str] = Counter()
     for line in stacks.read_text().splitlines():
         stack, _, count = line.rpartition(" ")
-        process, *frames = stack.split(";")
-        named = _PROCESS.match(process)
-        where = role(named[1]) if named else "?"
-        for frame in {_LINE.sub(")", frame) for frame in frames}:
-            samples[f"{where}: {frame}"] += int(count)
+        frames = stack.split(";")
+        processes = [at for at, frame in enumerate(frames) if _PROCESS.match(frame)]  # parents first
+        title = _PROCESS.match(frames[processes[-1]])[1] if processes else ""  # type: ignore[index]
+        for frame in {_LINE.sub(")", frame) for frame in frames[processes[-1] + 1 if processes else 0 :]}:
+            samples[f"{role(title)}: {frame}"] += int(count)
     return samples
 
 
