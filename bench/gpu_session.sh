@@ -10,6 +10,7 @@
 # tests      that need a GPU: kernels, drivers, core
 # commands   doctor, plan, and what looking costs the scheduler's thread there (bench_core.py)
 # grid       the kernels over all shapes, against all baselines
+# profile    where the processes of stock fa3 and vtensor-auto spend their time, function by function (profile_server.py)
 # programs   the frontend programs of examples/ (programs.py)
 #
 # bench/session.sh says how steps are run. In $OUT: summary.txt, rows to append to bench/results by the same names,
@@ -18,6 +19,7 @@
 #   WORKLOADS  (gsp)      ROUNDS  (1)      STATES  (cold warm)      QUESTIONS  of memory.py (all)
 #   SOAK  flags of soak.py (--debug)      PORT  of the first server of compare.py: sessions side by side need their own
 #   MODEL  (.gpu/llama8b, with dummy weights), or random: a small one of which answers can be compared (soak, servers)
+#   PROFILED  workload of profile (shared-few)
 #   POOL  tokens of each server that is compared (100000: two of an 8B shape fit 80 GB; 360000 for one, with SHARE=0.85)
 #   SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
 #   TOOL  of compute-sanitizer (memcheck), and on which tests: CHECKED  (hopper)
@@ -90,6 +92,10 @@ for name in $steps; do
       if [ "$num_gpus" -gt 0 ]; then step plan 60 "$python" -m sgl_vtensor plan "$shape"; fi
       step overhead 240 "$python" bench/bench_core.py --steps 30 --trace --no-record
       ;;
+    profile)
+      step profile "$(left)" "$python" bench/profile_server.py "${model[@]}" --workload "${PROFILED:-shared-few}" \
+        --rounds 8 --out "$work/profile" -- "${flags[@]}"
+      ;;
     programs)
       step programs 400 "$python" bench/programs.py "${model[@]}" --out "$work/programs" -- "${memory_flags[@]}" \
         ${memory_flags:+--grammar-backend xgrammar}
@@ -102,7 +108,7 @@ for name in $steps; do
       done
       ;;
     *)
-      say "no step $name; there are servers, memcheck, memory, soak, tests, commands, programs and grid"
+      say "no step $name; there are servers, memcheck, memory, soak, tests, commands, profile, programs and grid"
       status=1
       ;;
   esac

@@ -18,7 +18,7 @@ case "$*" in
     while [ "$1" != --out ]; do shift; done
     mkdir -p "$2" && echo row > "$2/serving.csv" && echo '{}' > "$2/runs.jsonl" && echo log > "$2/server-a+b=c.log"
     echo broken >&2; exit 3 ;;
-  *memory.py*|*soak.py*|*programs.py*|*--grid*) echo "$*" ;;
+  *memory.py*|*soak.py*|*programs.py*|*profile_server.py*|*--grid*) echo "$*" ;;
   *pytest*) echo 28 passed ;;
   *sgl_vtensor*|*bench_core.py*) echo "$*" ;;
 esac
@@ -58,6 +58,8 @@ def test_steps_by_name_and_without_time(tmp_path: Path) -> None:
     assert status == 0 and "bench/soak.py --debug --budget-seconds" in text
     status, text = session(tmp_path, "programs")
     assert status == 0 and "bench/programs.py --out" in text
+    status, text = session(tmp_path, "profile", PROFILED="document")
+    assert status == 0 and "bench/profile_server.py --workload document" in text
     status, text = session(tmp_path, "tests", "grid")
     assert status == 0 and "28 passed" in text
     for bench in ("prefill", "decode"):
