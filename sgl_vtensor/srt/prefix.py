@@ -269,19 +269,20 @@ class VTensorRadixCache(RadixCache):
         if self.disable:
             return
         slot, page_size = req.kv.req_pool_idx, self.page_size
-        token_ids = req.full_untruncated_fill_ids[:up_to]
+        fill_ids, padding = req.full_untruncated_fill_ids, 0
+        num_tokens = min(up_to, len(fill_ids))
         if req.finished() and not self.kv_events.enabled:
             # Nobody writes these tokens' page any more: the next turn of a chat copies from it. Whole pages only, so
             # SGLang's accounting needs to know nothing of it; KV events would tell others of tokens that are none.
-            token_ids = token_ids + array("q", [NO_TOKEN] * (-len(token_ids) % page_size))
-        key_len = len(token_ids) // page_size * page_size
+            padding = -num_tokens % page_size
+        key_len = (num_tokens + padding) // page_size * page_size
         priority = req.priority or 0
         above, start = self._resume(req)
         self._touch(above, priority)
         self._count_hits(above, start, req.kv.cache_inserted_len)
         node, pages = above, self.pool.pages_of(slot, start // page_size, key_len // page_size)
         if pages:
-            key = self._key_of(req, token_ids[start:key_len])
+            key = self._key_of(req, fill_ids[start:num_tokens] + array("q", [NO_TOKEN] * padding))
             inserted_len = req.kv.cache_inserted_len - start
             _, node = self._insert_helper(above, key, PageRun(pages, page_size), priority, inserted_len)
         req.kv.cache_inserted_len = max(req.kv.cache_inserted_len, key_len)
@@ -291,8 +292,9 @@ class VTensorRadixCache(RadixCache):
         if len(kept) != len(pages):
             raise VTensorError(f"the tree kept {len(kept)} of {len(pages)} pages; please report this")
         changed = self.pool.adopt(slot, start // page_size, kept)
-        if changed:
-            # A paged backend reads pages through this table; only what changed is written.
+        if changed and not req.finished():
+            # A paged backend reads pages through this table; only what changed is written. A launch that still has a
+            # request which has finished reads its duplicates, and they are written anew behind it at the earliest.
             first, last = changed[0] * page_size, (changed[-1] + 1) * page_size
             slots = self._slots(self.pool.pages_of(slot, changed[0], changed[-1] + 1)).astype(np.int32)
             self.req_to_token_pool.write((slot, slice(first, last)), to_device(slots, self.device))

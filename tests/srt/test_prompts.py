@@ -25,7 +25,16 @@ def test_prompts_of_tokens_pass(input_ids: list[int] | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("input_ids", "said"), [([], "no tokens; give"), ([5, -1, 5], "-1 in the prompt"), ([5, 100], "from 0 to 99")]
+    ("input_ids", "said"),
+    [
+        ([], "no tokens; give"),
+        ([5, -1, 5], "-1 in the prompt"),
+        ([5, 100], "100 in the prompt is no token; give numbers from 0 to 99"),
+        ([5, 2**32 + 5], "4294967301 in"),
+        ([5, 10**30, 100], "1000000000000000000000000000000 in"),
+        ([5, 5.0], "5.0 in the prompt"),
+        ([5, "5"], "5 in the prompt"),
+    ],
 )
 def test_others_do_not(input_ids: list[int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=said):
