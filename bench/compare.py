@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import re
 import statistics
 import sys
 import time
@@ -193,9 +194,10 @@ class Comparison:
         self._took_s[kind] = min(took_s or run.seconds, run.seconds)
         self._record(server, workload, seed, state, run, spent)
 
-    def _workload(self, name: str, seed: int) -> Workload:
-        name, _, users = name.partition("@")
-        return workloads.build(name, seed, scale=self.options.scale, users=int(users or 0))
+    def _workload(self, text: str, seed: int) -> Workload:
+        name, users, rate = _asked(text)
+        built = workloads.build(name, seed, scale=self.options.scale, users=users, rate=rate)
+        return dataclasses.replace(built, name=text) if rate else built
 
     def _too_long(self, workload: Workload, servers: list[Remote]) -> str | None:
         for server in servers:
@@ -244,7 +246,8 @@ class Comparison:
         if workload.in_waves:
             later = summarize(dataclasses.replace(run, samples=[sample for sample in run.samples if sample.turn]))
             figures |= {f"{name}_later": later[name] for name in ("ttft_p50", "cached_share") if name in later}
-        case = f"{workload.name} scale {self.options.scale:g} c{workload.users}{_setup(self.options)}"
+        at_once = f" c{workload.users}" if workload.users else ""
+        case = f"{workload.name} scale {self.options.scale:g}{at_once}{_setup(self.options)}"
         one = Measured(server.name, workload.name, case, state, seed, figures, by_turn(run))
         self.measured.append(one)
         with (self.options.out / "runs.jsonl").open("a") as file:
@@ -333,12 +336,25 @@ def _shortened(session: Session) -> Session:
     return dataclasses.replace(session, turns=tuple(turns))
 
 
+def _asked(text: str) -> tuple[str, int, float]:
+    """NAME, NAME@USERS or NAME~RATE: its name, how many users at a time, and how many come a second; 0: not said."""
+    found = re.fullmatch(r"(?P<name>[^@~]+)(@(?P<users>\d+)|~(?P<rate>\d+(\.\d+)?))?", text)
+    if not found:
+        raise ValueError(text)
+    users, rate = found["users"], found["rate"]
+    if found["name"] not in workloads.TABLE or (users and not int(users)) or (rate and not float(rate)):
+        raise ValueError(text)
+    return found["name"], int(users or 0), float(rate or 0)
+
+
 def _workload_name(text: str) -> str:
-    name, separator, users = text.partition("@")
-    if name not in workloads.TABLE or (separator and not (users.isdecimal() and int(users))):
+    try:
+        _asked(text)
+    except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no workload; say NAME or NAME@USERS with one of {', '.join(sorted(workloads.TABLE))}"
-        )
+            f"{text!r} is no workload; say NAME, NAME@USERS or NAME~RATE with one of "
+            f"{', '.join(sorted(workloads.TABLE))}"
+        ) from None
     return text
 
 
@@ -362,8 +378,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--url", action="append", metavar="NAME=URL", help="servers that run already, in place of --group"
     )
     parser.add_argument(
-        "--workload", nargs="+", type=_workload_name, default=list(workloads.TABLE), metavar="NAME[@USERS]",
-        help="and how many users at a time, if not as in the table (all)",
+        "--workload", nargs="+", type=_workload_name, default=list(workloads.TABLE), metavar="NAME[@USERS|~RATE]",
+        help="and how many users at a time, if not as in the table; or how many come a second, at random (all)",
     )  # fmt: skip
     parser.add_argument(
         "--scale", type=float, default=1.0 if cuda else 0.02, help="of the workloads' sizes (%(default)s)"

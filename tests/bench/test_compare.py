@@ -164,6 +164,16 @@ def test_configurations_by_name() -> None:
         flags_of("vtensor")
 
 
+def test_users_who_come_at_random_wait_for_nobody(tmp_path: Path) -> None:
+    """In a closed loop all ask at once, again and again, and who asks when is the servers' doing."""
+    servers = {"a": FakeServer(0.3), "b": FakeServer(0.3)}
+    assert compared(tmp_path, servers, "--workload", "single~40", "--states", "cold") == 0
+    assert {row["case"] for row in rows(tmp_path)} == {"single~40 scale 0.01 cold"}
+    assert all(server.most_at_once > 2 for server in servers.values())
+    asked = [[str(body) for body in server.bodies] for server in servers.values()]
+    assert asked[0] == asked[1], "in the same order"
+
+
 def test_plots_hold_every_point_inside(tmp_path: Path) -> None:
     line_plot(tmp_path / "a.svg", "t < u", "x", "y", {"one": [(1, 3.0), (2, 170.0)], "two": [(1, 0.0)]})
     text = (tmp_path / "a.svg").read_text()
@@ -174,11 +184,14 @@ def test_plots_hold_every_point_inside(tmp_path: Path) -> None:
     assert not (tmp_path / "none.svg").exists()
 
 
-@pytest.mark.parametrize("name", ["sprint", "single@", "single@0", "single@two", "@2"])
+@pytest.mark.parametrize(
+    "name",
+    ["sprint", "single@", "single@0", "single@two", "@2", "single~", "single~0", "single~-1", "single~x", "single@2~3"],
+)
 def test_a_workload_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     with pytest.raises(SystemExit):
         compare.main(["--workload", name, f"--out={tmp_path}"])
-    assert f"{name!r} is no workload; say NAME or NAME@USERS" in capsys.readouterr().err
+    assert f"{name!r} is no workload; say NAME, NAME@USERS or NAME~RATE" in capsys.readouterr().err
 
 
 def test_a_server_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
