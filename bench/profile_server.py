@@ -52,17 +52,17 @@ def functions_of(stacks: Path) -> Counter[str]:
     for line in stacks.read_text().splitlines():
         stack, _, count = line.rpartition(" ")
         frames = stack.split(";")
-        processes = [at for at, frame in enumerate(frames) if _PROCESS.match(frame)]  # parents first
-        title = _PROCESS.match(frames[processes[-1]])[1] if processes else ""  # type: ignore[index]
-        for frame in {_LINE.sub(")", frame) for frame in frames[processes[-1] + 1 if processes else 0 :]}:
+        processes = [(at, found[1]) for at, frame in enumerate(frames) if (found := _PROCESS.match(frame))]
+        at, title = processes[-1] if processes else (-1, "")  # parents come first
+        for frame in {_LINE.sub(")", frame) for frame in frames[at + 1 :]}:
             samples[f"{role(title)}: {frame}"] += int(count)
     return samples
 
 
-def record(server: Server, pid: int, out: Path, seconds: float) -> subprocess.Popen[bytes]:
+def record(server: Server, out: Path, seconds: float) -> subprocess.Popen[bytes]:
     """Start to sample all processes of the server, for so long at most."""
-    command = [os.environ.get("PY_SPY", "py-spy"), "record", "--pid", str(pid), "--subprocesses", "--nonblocking"]
-    command += ["--rate", str(SAMPLES_A_SECOND), "--duration", str(int(seconds))]
+    command = [os.environ.get("PY_SPY", "py-spy"), "record", "--pid", str(server.pid), "--subprocesses"]
+    command += ["--nonblocking", "--rate", str(SAMPLES_A_SECOND), "--duration", str(int(seconds))]
     command += ["--format", "raw", "--output", str(out)]
     with (out.parent / f"py-spy-{server.name}.log").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log)
@@ -77,7 +77,7 @@ def profile(name: str, options: argparse.Namespace) -> Counter[str]:
         workload = workloads.build(options.workload, options.seed, scale=options.scale)
         asyncio.run(play(server.url, workload, progress=False))
         stacks = options.out / f"{name}.stacks"
-        sampler = record(server, server.pid, stacks, options.start_seconds)
+        sampler = record(server, stacks, options.start_seconds)
         requests = 0
         try:
             time.sleep(SETTLE_SECONDS)

@@ -208,8 +208,8 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         missing = pages.num_in_use + num_pages - pages.most_in_use(beyond_limit=beyond_limit)
         if missing < num_pages:
             pool.secure(num_pages - max(missing, 0), beyond_limit=beyond_limit)
-        if pages.agreed_pages is None:
-            missing = num_pages - pages.num_free_backed  # the driver may have refused what it said was free
+        if pages.agreed_pages is None:  # the driver may have refused what it said was free
+            missing = max(missing, num_pages - pages.num_free_backed)
         return missing
 
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:

@@ -241,6 +241,24 @@ def test_pages_come_from_the_cache_before_they_come_from_beyond_the_limit(world:
     assert len(world.tree.evictable_leaves) == limit - 100 and world.num_backed == limit
 
 
+def test_free_pages_beyond_a_limit_that_has_fallen_are_no_room(world: World) -> None:
+    """They are to go back. The cache stays if it would not help; else it goes before the limit is passed."""
+    world.run(1, 100)
+    world.run(2, 60)
+    world.pool.free(world.pool.pages_of(2, 0, 60))
+    world.pool.close(2)
+    world.run(3, 20)
+    world.end(3, now=0.0)
+    world.policy.set_limit(pages(world, 110))
+    assert world.pool.pages.num_free_backed == 40
+    assert not world.allocator.can_serve(31, world.tree) and not world.allocator.secure(31, world.tree)
+    assert len(world.tree.evictable_leaves) == 20
+    assert world.allocator.can_serve(10, world.tree) and len(world.tree.evictable_leaves) == 20
+    world.pool.open(2, [], 10 * PAGE_TOKENS)
+    assert world.allocator._grow([2], [10 * PAGE_TOKENS], world.tree)
+    assert not world.tree.evictable_leaves and world.pool.pages.num_in_use == 110
+
+
 def test_a_driver_that_refuses_what_it_said_was_free_costs_the_cache_and_no_request() -> None:
     with HostDriver(capacity_bytes=64 << 20) as inner:
         driver = FaultyDriver(inner)
