@@ -18,6 +18,7 @@ import torch
 from attention_bench import Call, Inputs, Make, Memory, Shape, chat, checked_calls, equal, microseconds
 from bench_prefill import fa3_paged, fa3_view
 from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode_attention, prefill_attention, prefill_schedule
+from vtensor_kernels import decode as decode_module
 from vtensor_kernels.decode import DecodeConfig
 from vtensor_kernels.prefill import PrefillConfig
 
@@ -54,10 +55,9 @@ PREFILL_SHAPES = [
 
 
 def decode_configs() -> dict[str, DecodeConfig]:
-    """By name: block_n, warps, stages, fewest tokens, programs a processor, and t where the tail is apart."""
+    """By name: block_n, warps, stages, fewest tokens, and programs a processor."""
     found = [
         DecodeConfig(64, 4, 3, 256, 2),
-        DecodeConfig(64, 4, 3, 256, 2, tail=True),
         DecodeConfig(64, 4, 3, 128, 2),
         DecodeConfig(64, 4, 3, 512, 2),
         DecodeConfig(64, 4, 3, 256, 1),
@@ -73,10 +73,15 @@ def decode_configs() -> dict[str, DecodeConfig]:
         DecodeConfig(32, 4, 4, 128, 3),
         DecodeConfig(32, 2, 5, 128, 4),
         DecodeConfig(32, 2, 4, 128, 6),
+        # For one long request, where a launch's ends count: fewer parts to combine, and more bytes on their way.
+        DecodeConfig(64, 4, 3, 128, 1),
+        DecodeConfig(64, 4, 4, 128, 1),
+        DecodeConfig(64, 8, 4, 128, 1),
+        DecodeConfig(128, 4, 2, 128, 1),
+        DecodeConfig(128, 4, 3, 128, 1),
+        DecodeConfig(128, 8, 3, 128, 1),
     ]
-    return {
-        f"n{c.block_n} w{c.num_warps} s{c.num_stages} m{c.min_tokens} p{c.programs}{' t' * c.tail}": c for c in found
-    }
+    return {f"n{c.block_n} w{c.num_warps} s{c.num_stages} m{c.min_tokens} p{c.programs}": c for c in found}
 
 
 def prefill_configs() -> dict[str, PrefillConfig | None]:
@@ -96,8 +101,14 @@ def prefill_configs() -> dict[str, PrefillConfig | None]:
     return found
 
 
-def decode(config: DecodeConfig | None, loads: str = "auto", *, scheduled: bool = True) -> Make:
-    """Our decode, its schedule made before, as for all layers of a pass but the first."""
+def decode(
+    config: DecodeConfig | None, loads: str = "auto", *, scheduled: bool = True, combine: int | None = None
+) -> Make:
+    """Our decode, its schedule made before, as for all layers of a pass but the first.
+
+    ``combine``: another COMBINED_VALUES than the kernel's.
+    """
+    usual = decode_module.COMBINED_VALUES
 
     def make(inputs: Inputs, shape: Shape) -> Call:
         out = torch.empty_like(inputs.q)
@@ -111,10 +122,12 @@ def decode(config: DecodeConfig | None, loads: str = "auto", *, scheduled: bool 
 
         def call(layer: int) -> torch.Tensor:
             k, v = inputs.views[layer]
+            decode_module.COMBINED_VALUES = combine or usual
             decode_attention(
                 inputs.q, k, v, out, inputs.rows, inputs.kv_lens, workspace=workspace, sm_scale=inputs.sm_scale,
                 loads=loads, schedule=schedule, config=config,
             )  # fmt: skip
+            decode_module.COMBINED_VALUES = usual
             return out
 
         return call
@@ -136,8 +149,7 @@ def prefill(config: PrefillConfig | None, *, scheduled: bool = False) -> Make:
         schedule = None
         if scheduled:
             schedule = prefill_schedule(
-                len(inputs.q), shape.q_heads // shape.kv_heads, inputs.rows, inputs.qo_indptr, inputs.kv_lens,
-                shape.max_new,
+                inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new, config=config
             )  # fmt: skip
 
         def call(layer: int) -> torch.Tensor:
@@ -168,7 +180,15 @@ def ours(bench: str) -> dict[str, Make]:
         return {**plain, **scheduled}
     found = {name: decode(config) for name, config in decode_configs().items()}
     first = next(iter(decode_configs().values()))
-    return {**found, "first, own schedule": decode(first, scheduled=False), "first, tma": decode(first, "tma")}
+    alone = DecodeConfig(64, 4, 3, 128, 1)
+    return {
+        **found,
+        "first, own schedule": decode(first, scheduled=False),
+        "first, tma": decode(first, "tma"),
+        "alone, tma": decode(alone, "tma"),
+        **{f"alone, combine {values}": decode(alone, combine=values) for values in (2048, 4096, 16384)},
+        "first, combine 16384": decode(first, combine=16384),
+    }
 
 
 def compile_part(bench: str, part: int, parts: int) -> float:
@@ -195,6 +215,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     parser.add_argument("--seconds", type=float, default=75.0)
     parser.add_argument("--budget-ms", type=float, default=12.0, help="time for each configuration and shape")
+    parser.add_argument("--shapes", type=int, help="the first so many shapes only: 1 is one request of 8192 tokens")
     parser.add_argument("--processes", type=int, default=12, help="that compile")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -211,7 +232,7 @@ def main() -> None:
     times: dict[str, dict[str, tuple[float, float, float]]] = {}
     options.out.mkdir(parents=True, exist_ok=True)
     shapes = DECODE_SHAPES if options.bench == "decode" else PREFILL_SHAPES
-    for shape in shapes:
+    for shape in shapes[: options.shapes]:
         if time.monotonic() - begin > options.seconds:
             print(f"out of time before {shape.name}")
             break

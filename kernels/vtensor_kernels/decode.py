@@ -16,6 +16,8 @@ from vtensor_kernels import tile
 
 MAX_HEADS_A_TILE = 64
 """Query heads of a group in one tile; larger groups take several, each reading K and V again."""
+COMBINED_VALUES = 8192
+"""Of the parts of a request, so many values at a time are combined: 64 registers of a thread."""
 _ENTRY = 4
 """int32 an entry of a schedule: a share's first request, its row, its length, and its first block among all."""
 
@@ -30,8 +32,6 @@ class DecodeConfig:
     min_tokens: int
     programs: int = 2
     """Programs a processor; what does not fit at once waits."""
-    tail: bool = False
-    """Whether the last block has a loop of its own, so that the others need no mask."""
 
 
 class DecodeWorkspace:
@@ -101,7 +101,7 @@ class DecodeSchedule:
     ) -> None:
         kv_heads, head_dim = k.shape[2:]
         width = max(head_dim, workspace.v_head_dim)
-        self.config = config or choose_config(tile.capability(k.device), width, k.dtype)
+        self.config = config or choose_config(tile.capability(k.device), width, k.dtype, batch)
         self.batch = batch
         self.sliding_window = sliding_window
         group = workspace.q_heads // kv_heads
@@ -217,7 +217,6 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     USE_TMA: tl.constexpr,
-    TAIL: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     ENTRY: tl.constexpr,
 ):
@@ -267,16 +266,6 @@ def _decode_kernel(
         acc = tl.zeros([BLOCK_H, BLOCK_DV], dtype=tl.float32)
         row_max = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
-        if TAIL:
-            whole = tl.minimum(kv_len // BLOCK_N * BLOCK_N, hi)
-            if HAS_WINDOW:
-                whole = lo
-            acc, row_max, row_sum = tile.attend(
-                acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
-                lo, whole, kv_len, position, scale, cap, window,
-                DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_CAP, HAS_WINDOW, USE_TMA, False, DOT_DTYPE,
-            )  # fmt: skip
-            lo = tl.maximum(lo, whole)
         acc, row_max, row_sum = tile.attend(
             acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
             lo, hi, kv_len, position, scale, cap, window,
@@ -446,13 +435,12 @@ def decode_attention(
         BLOCK_N=config.block_n,
         BLOCK_D=tile.block_dim(head_dim),
         BLOCK_DV=tile.block_dim(v_head_dim),
-        BLOCK_S=max(8192 // (heads_p2 * tile.block_dim(v_head_dim)), 1),
+        BLOCK_S=max(COMBINED_VALUES // (heads_p2 * tile.block_dim(v_head_dim)), 1),
         HEADS_P2=heads_p2,
         HAS_CAP=logit_cap > 0,
         HAS_WINDOW=sliding_window > 0,
         HAS_SINKS=sinks is not None,
         USE_TMA=use_tma,
-        TAIL=config.tail,
         DOT_DTYPE=tile.dot_dtype(q.dtype),
         ENTRY=_ENTRY,
         num_warps=config.num_warps,
@@ -460,12 +448,20 @@ def decode_attention(
     )  # fmt: skip
 
 
-def choose_config(capability: int, width: int, dtype: torch.dtype) -> DecodeConfig:
-    """Tile sizes for a device (90 = sm_90, 0 = interpreter) and the widest head; see ``bench/bench_decode.py``."""
+def choose_config(capability: int, width: int, dtype: torch.dtype, batch: int) -> DecodeConfig:
+    """Tile sizes for a device (90 = sm_90, 0 = interpreter), the widest head and a number of requests.
+
+    From ``bench/sweep.py decode`` on an H100. Few long requests are read fastest by one program a processor (1 x 8192:
+    19.4 us, 22.3 with two), many requests by four (64 x 2048: 184.4 us, 189.9 with two); a share of 128 tokens is worth
+    a program (1 x 1024: 9.0 us, 10.9 with 256). ``programs`` is no part of what is compiled.
+    """
     if capability == 0:
         return DecodeConfig(block_n=32, num_warps=4, num_stages=1, min_tokens=64)
     width = tile.block_dim(width)
     if dtype == torch.float32:
         return DecodeConfig(block_n=32, num_warps=4, num_stages=1 if width > 128 else 2, min_tokens=256)
     stages = 2 if tile.has_little_shared(capability) else 3
-    return DecodeConfig(block_n=32 if width > 128 else 64, num_warps=4, num_stages=stages, min_tokens=256)
+    if width > 128:
+        return DecodeConfig(block_n=32, num_warps=4, num_stages=stages, min_tokens=256)
+    programs = 2 if capability < 90 or 16 < batch < 64 else 1 if batch <= 16 else 4
+    return DecodeConfig(block_n=64, num_warps=4, num_stages=stages, min_tokens=128, programs=programs)

@@ -31,7 +31,55 @@ class PrefillConfig:
     """Programs that share a tile's keys; None: as many as fill the device."""
 
 
-@triton.jit(do_not_specialize=["batch", "num_tokens", "window"])
+_ENTRY = 8
+"""int32 an entry of a schedule: row, q_start, q_len, kv_len, tile in the request, 3 unused."""
+
+
+@triton.jit(do_not_specialize=["batch", "group", "block_m"])
+def _schedule_kernel(
+    schedule_ptr,
+    rows_ptr,
+    qo_indptr,
+    kv_lens,
+    batch,
+    group,
+    block_m,
+    BLOCK_B: tl.constexpr,
+    SORTED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ENTRY: tl.constexpr,
+):
+    """Write one tile's entry, longest rows first. q_len is 0 behind the last tile: there are as many as could be."""
+    index = tl.program_id(0)
+    requests = tl.arange(0, BLOCK_B)
+    inside = requests < batch
+    start = tl.load(qo_indptr + requests, mask=inside, other=0)
+    end = tl.load(qo_indptr + requests + 1, mask=inside, other=0)
+    tiles = tl.cdiv((end - start) * group, block_m)
+    if SORTED:
+        length = tl.load(kv_lens + requests, mask=inside, other=0)
+        longer = length[None, :] > length[:, None]
+        earlier = (length[None, :] == length[:, None]) & (requests[None, :] < requests[:, None])
+        first = tl.sum(tl.where(longer | earlier, tiles[None, :], 0), axis=1)
+    else:
+        first = tl.cumsum(tiles, 0) - tiles
+    mine = (index >= first) & (index < first + tiles)
+    found = tl.max(tl.where(mine, requests, -1), axis=0)
+    tile_index = index - tl.sum(tl.where(mine, first, 0), axis=0)
+    if CAUSAL:
+        tile_index = tl.sum(tl.where(mine, tiles, 0), axis=0) - 1 - tile_index  # the tile with most keys first
+    request = tl.maximum(found, 0)
+    q_start = tl.load(qo_indptr + request)
+    q_len = tl.load(qo_indptr + request + 1) - q_start
+    entry = schedule_ptr + index * ENTRY
+    tl.store(entry, tl.load(rows_ptr + request).to(tl.int32))
+    tl.store(entry + 1, q_start)
+    tl.store(entry + 2, tl.where(found >= 0, q_len, 0))
+    tl.store(entry + 3, tl.load(kv_lens + request))
+    tl.store(entry + 4, tl.where(found >= 0, tile_index, 0))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "window"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -39,10 +87,7 @@ def _prefill_kernel(
     out_ptr,
     lse_ptr,  # contiguous [splits, num_tokens, q_heads] when SPLIT, else [num_tokens, q_heads] or None
     sinks_ptr,
-    rows_ptr,
-    qo_indptr,
-    kv_lens,
-    batch,
+    schedule_ptr,
     num_tokens,
     scale,
     cap,
@@ -67,8 +112,7 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    SORTED: tl.constexpr,
+    ENTRY: tl.constexpr,
     SPLIT: tl.constexpr,  # several programs share a tile's keys; out is then fp32 partials
     MIN_SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -84,18 +128,14 @@ def _prefill_kernel(
     Packing the query heads of a group into the tile's rows fills it when a request has few new tokens.
     """
     kv_head = tl.program_id(0)
-    request, tile_index, num_tiles = tile.find_tile(
-        tl.program_id(1), qo_indptr, kv_lens, batch, GROUP, BLOCK_M, BLOCK_B, SORTED
-    )
-    if request < 0:
+    entry = schedule_ptr + tl.program_id(1) * ENTRY
+    q_len = tl.load(entry + 2)
+    if q_len == 0:
         return
-    if CAUSAL:
-        tile_index = num_tiles - 1 - tile_index  # the tile with most keys first
-
-    q_start = tl.load(qo_indptr + request)
-    q_len = tl.load(qo_indptr + request + 1) - q_start
-    kv_len = tl.load(kv_lens + request)
-    row = tl.load(rows_ptr + request).to(tl.int64)
+    row = tl.load(entry).to(tl.int64)
+    q_start = tl.load(entry + 1)
+    kv_len = tl.load(entry + 3)
+    tile_index = tl.load(entry + 4)
 
     pair = tile_index * BLOCK_M + tl.arange(0, BLOCK_M)
     token = pair // GROUP
@@ -337,8 +377,14 @@ def prefill_attention(
     use_tma = tile.use_descriptors(loads, k, v)
     if config is None:
         config = choose_config(tile.capability(q.device), head_dim, v_head_dim, q.dtype, max_q_len * group)
+    if schedule is None:
+        schedule = prefill_schedule(
+            q, k, v, rows, qo_indptr, kv_lens, max_q_len, causal=causal, config=config
+        )  # fmt: skip
     hopper = config.hopper and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
     tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
+    if schedule.shape[0] != tiles:
+        raise ValueError(f"the schedule has {schedule.shape[0]} tiles and these queries {tiles}: make one for them")
     splits, min_split = config.splits, 256  # as asked for, if not absurd
     if splits is None:
         min_split = MIN_SPLIT_TOKENS
@@ -350,12 +396,8 @@ def prefill_attention(
 
     scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
     if hopper:
-        from vtensor_kernels.prefill_hopper import make_schedule, prefill_hopper  # Gluon, needed here only
+        from vtensor_kernels.prefill_hopper import prefill_hopper  # Gluon, needed here only
 
-        if schedule is None:
-            schedule = make_schedule(rows, qo_indptr, kv_lens, tiles, group, causal=causal)
-        elif schedule.shape[0] != tiles:
-            raise ValueError(f"the schedule has {schedule.shape[0]} tiles and these queries {tiles}: make one for them")
         prefill_hopper(
             q, k, v, target, target_lse, schedule, splits,
             scale=scale, causal=causal, v_scale=v_scale, min_split=min_split,
@@ -364,8 +406,7 @@ def prefill_attention(
         if use_tma and not tile.INTERPRETING:
             triton.set_allocator(tile.allocate_scratch)
         _prefill_kernel[(kv_heads, tiles, splits)](
-            q, k, v, target, target_lse, sinks, rows, qo_indptr, kv_lens,
-            batch, num_tokens, scale, cap, sliding_window, v_scale,
+            q, k, v, target, target_lse, sinks, schedule, num_tokens, scale, cap, sliding_window, v_scale,
             *q.stride()[:2],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -378,8 +419,7 @@ def prefill_attention(
             BLOCK_N=config.block_n,
             BLOCK_D=tile.block_dim(head_dim),
             BLOCK_DV=tile.block_dim(v_head_dim),
-            BLOCK_B=tile.block_batch(batch),
-            SORTED=batch <= 128,
+            ENTRY=_ENTRY,
             SPLIT=splits > 1,
             MIN_SPLIT=min_split,
             CAUSAL=causal,
@@ -411,28 +451,39 @@ def prefill_attention(
 
 
 def prefill_schedule(
-    num_tokens: int,
-    group: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     rows: torch.Tensor,
     qo_indptr: torch.Tensor,
     kv_lens: torch.Tensor,
     max_q_len: int,
     *,
     causal: bool = True,
-) -> torch.Tensor | None:
-    """The order of the tiles, made once for all layers of a pass; None where no kernel would use it.
+    config: PrefillConfig | None = None,
+) -> torch.Tensor:
+    """The order of the query tiles, longest rows first, made once for all layers of a pass.
 
-    Args:
-        num_tokens: first dimension of q.
-        group: query heads a kv head.
-        rows, qo_indptr, kv_lens, max_q_len, causal: as ``prefill_attention`` takes them.
+    Nothing of it is computed on the host, and only shapes and dtypes of ``q``, ``k`` and ``v`` count. Arguments are as
+    ``prefill_attention`` takes them.
+
+    Returns:
+        [tiles, 8] int32, for calls with these ``rows``, lengths, ``max_q_len``, ``causal`` and ``config``.
     """
-    if tile.capability(rows.device) != 90 or not tile.has_gluon():
-        return None
-    from vtensor_kernels.prefill_hopper import BLOCK_M, make_schedule  # Gluon, needed here only
-
-    tiles = _num_tiles(rows.shape[0], num_tokens, max_q_len, group, BLOCK_M)
-    return make_schedule(rows, qo_indptr, kv_lens, tiles, group, causal=causal) if tiles else None
+    num_tokens, q_heads, head_dim = q.shape
+    kv_heads, v_head_dim = v.shape[2:]
+    group = q_heads // kv_heads
+    batch = rows.shape[0]
+    if config is None:
+        config = choose_config(tile.capability(q.device), head_dim, v_head_dim, q.dtype, max_q_len * group)
+    tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
+    schedule = torch.empty(tiles, _ENTRY, dtype=torch.int32, device=q.device)
+    if tiles:
+        _schedule_kernel[(tiles,)](
+            schedule, rows, qo_indptr, kv_lens, batch, group, config.block_m,
+            BLOCK_B=tile.block_batch(batch), SORTED=batch <= 128, CAUSAL=causal, ENTRY=_ENTRY, num_warps=4,
+        )  # fmt: skip
+    return schedule
 
 
 def _num_tiles(batch: int, num_tokens: int, max_q_len: int, group: int, block_m: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,38 +27,6 @@ BLOCK_M = 128
 BLOCK_N = 128
 STAGES = 2
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.7 renamed it
-_ENTRY = 8  # int32 a schedule entry: row, q_start, q_len, kv_len, tile in the request, 3 unused
-
-
-@triton.jit(do_not_specialize=["batch"])
-def _schedule_kernel(
-    schedule_ptr,
-    rows_ptr,
-    qo_indptr,
-    kv_lens,
-    batch,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    SORTED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ENTRY: tl.constexpr,
-):
-    """Write one tile's entry. q_len is 0 behind the last tile: the launch has as many as there could be."""
-    index = tl.program_id(0)
-    request, tile_index, num_tiles = tile.find_tile(index, qo_indptr, kv_lens, batch, GROUP, BLOCK_M, BLOCK_B, SORTED)
-    entry = schedule_ptr + index * ENTRY
-    found = request >= 0
-    request = tl.maximum(request, 0)
-    q_start = tl.load(qo_indptr + request)
-    q_len = tl.load(qo_indptr + request + 1) - q_start
-    if CAUSAL:
-        tile_index = num_tiles - 1 - tile_index
-    tl.store(entry, tl.load(rows_ptr + request).to(tl.int32))
-    tl.store(entry + 1, q_start)
-    tl.store(entry + 2, tl.where(found, q_len, 0))
-    tl.store(entry + 3, tl.load(kv_lens + request))
-    tl.store(entry + 4, tl.where(found, tile_index, 0))
 
 
 @gluon.jit
@@ -469,20 +436,6 @@ def _prefill_hopper_kernel(
     )  # fmt: skip
 
 
-def make_schedule(
-    rows: torch.Tensor, qo_indptr: torch.Tensor, kv_lens: torch.Tensor, tiles: int, group: int, *, causal: bool
-) -> torch.Tensor:
-    """Entries of at most ``tiles`` tiles of BLOCK_M pairs, longest first: the same for all layers of a pass."""
-    schedule = torch.empty(tiles, _ENTRY, dtype=torch.int32, device=rows.device)
-    batch = rows.shape[0]
-    _schedule_kernel[(tiles,)](
-        schedule, rows, qo_indptr, kv_lens, batch,
-        GROUP=group, BLOCK_M=BLOCK_M, BLOCK_B=tile.block_batch(batch), SORTED=batch <= 128, CAUSAL=causal,
-        ENTRY=_ENTRY, num_warps=4,
-    )  # fmt: skip
-    return schedule
-
-
 def prefill_hopper(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -497,7 +450,7 @@ def prefill_hopper(
     v_scale: float,
     min_split: int,
 ) -> None:
-    """Launch for checked arguments of ``prefill_attention`` and a schedule of ``make_schedule``.
+    """Launch for checked arguments of ``prefill_attention`` and a schedule for tiles of BLOCK_M pairs.
 
     With ``splits`` > 1, ``out`` is the fp32 partials [splits, num_tokens, q_heads, dim] and ``lse`` theirs, contiguous.
     """
@@ -514,7 +467,7 @@ def prefill_hopper(
         *out.stride()[-3:-1],
         KV_HEADS=kv_heads, GROUP=group, DIM=q.shape[2], CAUSAL=causal, SPLIT=splits > 1,
         WHOLE=k_tokens > 0 and v_tokens > 0, MIN_SPLIT=min_split,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, ENTRY=_ENTRY,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, ENTRY=schedule.shape[1],
         num_warps=4, maxnreg=168,
     )  # fmt: skip
 

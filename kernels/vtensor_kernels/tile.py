@@ -141,38 +141,6 @@ def attend(
     return acc, row_max, row_sum
 
 
-@triton.jit
-def find_tile(
-    index,
-    qo_indptr,
-    kv_lens,
-    batch,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    SORTED: tl.constexpr,
-):
-    """The index-th query tile of the batch, longest rows first: (request or -1, tile in the request, its tiles).
-
-    Every program derives the schedule from the lengths itself: no host copy, and no kernel before this one.
-    """
-    request = tl.arange(0, BLOCK_B)
-    inside = request < batch
-    start = tl.load(qo_indptr + request, mask=inside, other=0)
-    end = tl.load(qo_indptr + request + 1, mask=inside, other=0)
-    tiles = tl.cdiv((end - start) * GROUP, BLOCK_M)
-    if SORTED:
-        length = tl.load(kv_lens + request, mask=inside, other=0)
-        longer = length[None, :] > length[:, None]
-        earlier = (length[None, :] == length[:, None]) & (request[None, :] < request[:, None])
-        first = tl.sum(tl.where(longer | earlier, tiles[None, :], 0), axis=1)
-    else:
-        first = tl.cumsum(tiles, 0) - tiles
-    mine = (index >= first) & (index < first + tiles)
-    found = tl.max(tl.where(mine, request, -1), axis=0)
-    return found, index - tl.sum(tl.where(mine, first, 0), axis=0), tl.sum(tl.where(mine, tiles, 0), axis=0)
-
-
 @functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; a small number for the interpreter."""

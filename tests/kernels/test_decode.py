@@ -119,9 +119,8 @@ def test_one_schedule_serves_all_layers(device: torch.device) -> None:
         DecodeSchedule(DecodeWorkspace(3, 4, 64, device, kv_heads=64), case.k[:, :, :1], 3)
 
 
-@pytest.mark.parametrize("tail", [False, True])
-def test_larger_blocks_and_a_tail_apart(device: torch.device, loads: str, tail: bool) -> None:
-    config = decode.DecodeConfig(block_n=64, num_warps=4, num_stages=2, min_tokens=64, tail=tail)
+def test_larger_blocks(device: torch.device, loads: str) -> None:
+    config = decode.DecodeConfig(block_n=64, num_warps=4, num_stages=2, min_tokens=64)
     check(decode_case(device, [63, 64, 65, 400, 1]), loads=loads, config=config)
     check(decode_case(device, [63, 400], sliding_window=100), loads=loads, config=config)
 
