@@ -246,8 +246,7 @@ class Comparison:
         if workload.in_waves:
             later = summarize(dataclasses.replace(run, samples=[sample for sample in run.samples if sample.turn]))
             figures |= {f"{name}_later": later[name] for name in ("ttft_p50", "cached_share") if name in later}
-        at_once = f" c{workload.users}" if workload.users else ""
-        case = f"{workload.name} scale {self.options.scale:g}{at_once}{_setup(self.options)}"
+        case = case_of(workload, self.options)
         one = Measured(server.name, workload.name, case, state, seed, figures, by_turn(run))
         self.measured.append(one)
         with (self.options.out / "runs.jsonl").open("a") as file:
@@ -358,13 +357,14 @@ def _workload_name(text: str) -> str:
     return text
 
 
-def _setup(options: argparse.Namespace) -> str:
-    """What the flags say of the server's size: figures of small pools are of evictions too."""
-    if options.url:
-        return ""
+def case_of(workload: Workload, options: argparse.Namespace) -> str:
+    """The load, and of servers that we start their size: figures of small pools are of evictions too."""
+    parts = [workload.name, f"scale {options.scale:g}", *([f"c{workload.users}"] if workload.users else [])]
+    if getattr(options, "url", None):
+        return " ".join(parts)
     flags = [part for flag in options.server_flags for part in flag.split("=", 1)]
     named = [f"{name} {flags[flags.index(f'--{name}') + 1]}" for name in SIZES if f"--{name}" in flags[:-1]]
-    return " ".join(["", Path(options.model).name, *named])
+    return " ".join([*parts, Path(options.model).name, *named])
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -60,7 +60,7 @@ used() { # what each GPU holds now, in MiB
 compare() { # NAME SECONDS ARGUMENTS... -- FLAGS...: and once more with NCCL's all-reduce if no server could be measured
   local name=$1 most=$2
   shift 2
-  step "$name" "$most" "$python" bench/compare.py --rounds 1 --start-seconds 240 --budget-seconds "$(budget "$most")" \
+  step "$name" "$most" "$python" bench/compare.py --rounds 1 --start-seconds 240 --port "$port" --budget-seconds "$(budget "$most")" \
     --out "$work/$name" "$@" "${flags[@]}" "${all_reduce[@]}"
   if [ ! -s "$work/$name/serving.csv" ] && [ "$num_gpus" -gt 0 ] && [ ${#all_reduce[@]} -eq 0 ]; then
     all_reduce=(--disable-custom-all-reduce)
@@ -99,12 +99,12 @@ for name in $steps; do
     soak)
       soak_s=${SOAK_SECONDS:-150}
       step soak $((soak_s + 220)) "$python" bench/soak.py "${model[@]}" --debug --seconds "$soak_s" \
-        --budget-seconds "$(budget $((soak_s + 220)))" --out "$work/soak" -- --tp-size 2 "${dummy[@]}" "${flags[@]}" \
+        --port "$port" --budget-seconds "$(budget $((soak_s + 220)))" --out "$work/soak" -- --tp-size 2 "${dummy[@]}" "${flags[@]}" \
         "${small[@]}" "${all_reduce[@]}"
       ;;
     replicas)
-      step replicas 240 "$python" bench/memory.py "${model[@]}" --ask replicas --budget-seconds "$(budget 240)" \
-        --out "$work/replicas" -- "${dummy[@]}" "${flags[@]}" "${small[@]}"
+      step replicas 240 "$python" bench/memory.py "${model[@]}" --ask replicas --port "$port" \
+        --budget-seconds "$(budget 240)" --out "$work/replicas" -- "${dummy[@]}" "${flags[@]}" "${small[@]}"
       ;;
     large)
       [ "$num_gpus" -eq 0 ] || write_large_model

@@ -17,7 +17,7 @@
 # runs.jsonl, memcheck.log, logs.tar.gz and caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a
 # GPU it is a dry run on a tiny model.
 #   WORKLOADS  (gsp)      ROUNDS  (1)      STATES  (cold warm)      QUESTIONS  of memory.py (all)
-#   SOAK  flags of soak.py (--debug)      PORT  of the first server of compare.py: sessions side by side need their own
+#   SOAK  flags of soak.py (--debug)
 #   MODEL  (.gpu/llama8b, with dummy weights), or random: a small one of which answers can be compared (soak, servers)
 #   PROFILED  workload of profile (shared-few)
 #   POOL  tokens of each server that is compared (100000: two of an 8B shape fit 80 GB; 360000 for one, with SHARE=0.85)
@@ -64,7 +64,7 @@ for name in $steps; do
       budget_s=$(($(left) - reserve_s))
       # Its own budget ends it in order; the limit behind it is for the case that it does not.
       step servers $((budget_s + 15)) "$python" bench/compare.py "${model[@]}" "${groups[@]}" \
-        --workload ${WORKLOADS:-gsp} --states ${STATES:-cold warm} --rounds "${ROUNDS:-1}" --port "${PORT:-30000}" \
+        --workload ${WORKLOADS:-gsp} --states ${STATES:-cold warm} --rounds "${ROUNDS:-1}" --port "$port" \
         --budget-seconds "$budget_s" --out "$work/servers" -- "${flags[@]}"
       ;;
     memcheck)
@@ -77,11 +77,11 @@ for name in $steps; do
       ;;
     memory)
       step memory "$(left)" "$python" bench/memory.py "${model[@]}" ${QUESTIONS:+--ask $QUESTIONS} \
-        --budget-seconds "$(($(left) - 20))" --out "$work/memory" -- "${memory_flags[@]}"
+        --port "$port" --budget-seconds "$(($(left) - 20))" --out "$work/memory" -- "${memory_flags[@]}"
       ;;
     soak)
-      step soak "$(left)" "$python" bench/soak.py "${model[@]}" ${SOAK---debug} --budget-seconds "$(($(left) - 20))" \
-        --out "$work/soak" -- "${memory_flags[@]}" ${memory_flags:+--max-total-tokens 100000}
+      step soak "$(left)" "$python" bench/soak.py "${model[@]}" ${SOAK---debug} --port "$port" \
+        --budget-seconds "$(($(left) - 20))" --out "$work/soak" -- "${memory_flags[@]}" ${memory_flags:+--max-total-tokens 100000}
       ;;
     tests)
       step tests "$(left)" "$python" -m pytest tests/vmm tests/core tests/kernels tests/gpu/test_kernels_unmapped.py -m gpu -q \
@@ -94,10 +94,10 @@ for name in $steps; do
       ;;
     profile)
       step profile "$(left)" "$python" bench/profile_server.py "${model[@]}" --workload "${PROFILED:-shared-few}" \
-        --rounds 8 --out "$work/profile" -- "${flags[@]}"
+        --rounds 8 --port "$port" --out "$work/profile" -- "${flags[@]}"
       ;;
     programs)
-      step programs 400 "$python" bench/programs.py "${model[@]}" --out "$work/programs" -- "${memory_flags[@]}" \
+      step programs 400 "$python" bench/programs.py "${model[@]}" --port "$port" --out "$work/programs" -- "${memory_flags[@]}" \
         ${memory_flags:+--grammar-backend xgrammar}
       ;;
     grid)

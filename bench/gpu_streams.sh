@@ -10,10 +10,10 @@
 #
 # A machine that is lent for commands of ten minutes, but stays warm between them, keeps what a command left running: start
 # it there once, in a copy of the tree, and fetch what there is, again and again. A stream is as many sessions as one wants,
-# each with its own OUT and SESSION_SECONDS, and where they compare servers with its own PORT:
+# each with its own OUT and SESSION_SECONDS. Fetch in a loop: a command that is cut off brings back what was copied last.
 #   cp -r . /tmp/tree; cd /tmp/tree
 #   OUT=/tmp/streams setsid nohup bench/gpu_streams.sh 'OUT=$OUT/a SESSION_SECONDS=800 bench/gpu_session.sh soak; OUT=$OUT/b ...' &
-#   sleep 550; cp /tmp/streams/* DIR              # DIR: what comes back from there; and again in the next command
+#   timeout 560 sh -c 'while sleep 10; do cp /tmp/streams/* DIR; done'    # DIR: what comes back; again in the next command
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${OUT:?where the results are to go}")

@@ -5,7 +5,8 @@
 Servers (names in bench/servers.py) follow one another. Each is asked the workload once, and then --rounds times under
 py-spy, which samples the Python stacks of all its processes from outside. The table has the time of each function, with
 what it calls, in ms a request, the dearest first, and beside it the same function's in the first server. To --out: the
-table, and the stacks for a flame graph. Waiting counts, too: look at what differs.
+table, and the stacks for a flame graph. Waiting counts, too: look at what differs. The rounds' figures are rows of
+profile.csv: each server has the machine to itself here, and is asked the same often enough to tell it from chance.
 Needs py-spy (pip install py-spy), or its path in PY_SPY.
 """
 
@@ -26,7 +27,9 @@ from pathlib import Path
 import models
 import torch
 import workloads
-from load import play, summarize
+from compare import case_of
+from load import play, summarize, unit
+from results import Results
 from servers import Server, check_names, leave_on_sigterm
 
 from sgl_vtensor.cli.server import free_port
@@ -68,8 +71,8 @@ def record(server: Server, out: Path, seconds: float) -> subprocess.Popen[bytes]
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def profile(name: str, options: argparse.Namespace) -> Counter[str]:
-    """Milliseconds a request, by function."""
+def profile(name: str, options: argparse.Namespace, results: Results) -> Counter[str]:
+    """Milliseconds a request, by function; the rounds' figures become rows."""
     port = free_port(options.port, "127.0.0.1")
     server = Server(name, options.model, port, options.out / f"server-{name}.log", options.server_flags)
     try:
@@ -79,17 +82,23 @@ def profile(name: str, options: argparse.Namespace) -> Counter[str]:
         stacks = options.out / f"{name}.stacks"
         sampler = record(server, stacks, options.start_seconds)
         requests = 0
+        rounds: list[dict[str, float]] = []
         try:
             time.sleep(SETTLE_SECONDS)
             for number in range(options.rounds):
                 run = asyncio.run(play(server.url, workload, progress=False))
                 requests += len(run.samples)
                 figures = summarize(run)
+                rounds.append(figures)
                 shown = ", ".join(f"{key} {figures[key]:.4g}" for key in FIGURES if key in figures)
                 print(f"{name} round {number + 1}: {shown}", flush=True)
         finally:
             sampler.send_signal(signal.SIGINT)
             sampler.wait(60)
+        for key in FIGURES:
+            values = [figures[key] for figures in rounds if key in figures]
+            if values:
+                results.add(f"{case_of(workload, options)} again, under py-spy", name, key, unit(key), values)
     finally:
         server.stop()
     scale = 1000 / SAMPLES_A_SECOND / max(requests, 1)
@@ -134,11 +143,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     leave_on_sigterm()
     options = arguments(argv)
+    results = Results("profile", options.out, keep=torch.cuda.is_available())
     first: Counter[str] | None = None
     well = True
     for name in options.server:
         try:
-            times = profile(name, options)
+            times = profile(name, options, results)
         except (VTensorError, RuntimeError, OSError, subprocess.TimeoutExpired) as error:
             print(f"{name}: {error!r}", flush=True)
             well = False

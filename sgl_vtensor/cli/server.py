@@ -125,16 +125,18 @@ def group_members(group: int) -> list[int]:
 
 
 def free_port(wanted: int, host: str) -> int:
-    """Return ``wanted``, or a free port if somebody listens there."""
-    for port in (wanted, 0):
+    """Return ``wanted`` (0: from 20000 on), or the next port that nobody holds.
+
+    Never one of the system's choice: it gives these to outgoing connections as well, and one of them would hold the port
+    by the time a server has loaded its model and takes it.
+    """
+    for port in range(wanted or 20_000, 1 << 16):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+            with contextlib.suppress(OSError):
                 probe.bind((host, port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise OSError(f"no free port on {host}")
+                return port
+    raise OSError(f"no port from {wanted or 20_000} on is free on {host}")
 
 
 if __name__ == "__main__":
