@@ -4,8 +4,8 @@
     python bench/compare.py --url stock=http://127.0.0.1:30000 --url ours=http://127.0.0.1:30010 --workload chat
 
 Servers of one --group run side by side, each with its share of the GPU's memory (FLAGS: --max-total-tokens), and are
-measured in turn, never at once: A, B, A, B, each round with a new seed. Groups follow one another. A round is run cold,
-from an empty cache, and again warm. First-token logprobs of the same prompts are compared before. With
+measured in turn, never at once: A, B, then B, A, each round with a new seed. Groups follow one another. A round is run
+cold, from an empty cache, and again warm. First-token logprobs of the same prompts are compared before. With
 --budget-seconds it ends in time, whatever happens, with what it has. What vTensor memory cost is told beside: driver
 calls per generated token, and waits for mappings; of chat-16k also for the turns after the first ("later"). Rows go to
 bench/results/serving.csv, and with plots, logs and every run's figures (runs.jsonl) to --out. workloads:
@@ -173,7 +173,10 @@ class Comparison:
             sessions = tuple(map(_shortened, warm_up.sessions[:WARM_UP_SESSIONS]))
             for server in servers:
                 self._play(server, dataclasses.replace(warm_up, sessions=sessions))
-        for seed in range(self.options.seed, self.options.seed + self.options.rounds):
+        for number in range(self.options.rounds):
+            seed = self.options.seed + number
+            # The other way round each time: whoever is second has waited, and so gone cold, while the first one ran.
+            in_turn = servers[:: -1 if number % 2 else 1]
             for name in self.options.workload:
                 workload = self._workload(name, seed)
                 if self._too_long(workload, servers) is not None:
@@ -181,7 +184,7 @@ class Comparison:
                 for server in servers:
                     server.flush()
                 for state in self.options.states:
-                    for server in servers:
+                    for server in in_turn:
                         self._measure_one(server, workload, seed, state)
 
     def _measure_one(self, server: Remote, workload: Workload, seed: int, state: str) -> None:

@@ -127,8 +127,8 @@ def group_members(group: int) -> list[int]:
 def free_port(wanted: int, host: str) -> int:
     """Return ``wanted`` (0: from 20000 on), or the next port that nobody holds.
 
-    Never one of the system's choice: it gives these to outgoing connections as well, and one of them would hold the port
-    by the time a server has loaded its model and takes it.
+    Never one of the system's choice: it gives these to outgoing connections as well, and one of them would hold it by
+    the time a server has loaded its model and takes it.
     """
     for port in range(wanted or 20_000, 1 << 16):
         with socket.socket() as probe:

@@ -65,7 +65,9 @@ def test_servers_are_measured_in_turn_with_the_same_traffic(tmp_path: Path, caps
     servers = {"a": FakeServer(0.004, "x"), "b": FakeServer(0.012, "y")}
     assert compared(tmp_path, servers, "--workload", "single@2", "--rounds=2") == 0
     order = [(run["server"], run["seed"], run["state"]) for run in runs(tmp_path)]
-    assert order == [(name, seed, state) for seed in (1, 2) for state in ("cold", "warm") for name in ("a", "b")]
+    assert order == [
+        (name, seed, state) for seed, names in ((1, "ab"), (2, "ba")) for state in ("cold", "warm") for name in names
+    ]
     asked = [sorted(str(body) for body in server.bodies) for server in servers.values()]
     assert asked[0] == asked[1]
     # Never at once: flushes are between rounds, and users are two.

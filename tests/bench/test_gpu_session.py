@@ -53,11 +53,11 @@ def test_steps_by_name_and_without_time(tmp_path: Path) -> None:
     status, text = session(tmp_path, "memcheck")
     assert status == 0 and "servers" not in text
     status, text = session(tmp_path, "memory", QUESTIONS="limit pair")
-    assert status == 0 and "bench/memory.py --ask limit pair --budget-seconds" in text
+    assert status == 0 and "bench/memory.py --ask limit pair --port 2" in text
     status, text = session(tmp_path, "soak")
-    assert status == 0 and "bench/soak.py --debug --budget-seconds" in text
+    assert status == 0 and "bench/soak.py --debug --port 2" in text
     status, text = session(tmp_path, "programs")
-    assert status == 0 and "bench/programs.py --out" in text
+    assert status == 0 and "bench/programs.py --port 2" in text
     status, text = session(tmp_path, "profile", PROFILED="document")
     assert status == 0 and "bench/profile_server.py --workload document" in text
     status, text = session(tmp_path, "tests", "grid")
