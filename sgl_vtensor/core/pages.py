@@ -144,10 +144,6 @@ class Pages:
         most = self.num_pages if beyond_limit else min(self.limit_pages, self.num_pages)
         return most if self.agreed_pages is None else min(most, self.agreed_pages)
 
-    def creatable(self) -> int:
-        """How many more pages could be backed now."""
-        return max(0, self.most_in_use() - self.num_backed)
-
     def secure(self, num_pages: int, *, beyond_limit: bool = False) -> bool:
         """Back free pages until ``num_pages`` of them can be taken without asking the driver for memory.
 

@@ -164,19 +164,17 @@ def test_launches_without_fences_are_over_at_once(pool: VTensorPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "capacity_pages", "creatable"), [(16, 64, 14), (5, 64, 3), (16, 8, 5), (1, 64, 0), (16, 1, 0)]
+    ("limit", "capacity_pages", "most"), [(16, 64, 16), (5, 64, 5), (16, 8, 7), (1, 64, 1), (16, 1, 2)]
 )
-def test_creatable_pages(
-    driver: HostDriver, make_pool: MakePool, limit: int, capacity_pages: int, creatable: int
-) -> None:
+def test_most_pages_in_use(driver: HostDriver, make_pool: MakePool, limit: int, capacity_pages: int, most: int) -> None:
     """What the limit, the device and the pool's size leave: two pages and the padding page are backed."""
     pool = make_pool()
     assert pool.secure(2)
     pool.pages.limit_pages = limit
     driver.capacity_bytes = max(capacity_pages * pool.layout.page_bytes, driver.physical_bytes)
-    assert pool.pages.creatable() == creatable
+    assert pool.pages.most_in_use() == most
     pool.pages.margin_bytes = driver.capacity_bytes
-    assert pool.pages.creatable() == 0
+    assert pool.pages.most_in_use() == min(limit, 2)
     assert not pool.secure(3), "the margin is left to others"
 
 
