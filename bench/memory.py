@@ -10,6 +10,8 @@ pair        two servers on one GPU have their bursts in turn, of 70% of the memo
             each, and sharing all of it. Chats begin one after another and pause between turns: were all to come at
             once, most of the wait would be for their histories' first computation, whoever has the memory
 replicas    --dp-size 2, a GPU each: one load, the limit lowered under it; what top and limit say of each replica
+killed      under load SIGKILL ends a process of the server, whichever chance names, --kills times: how soon all of them
+            and their memory are gone, and whether the next start works
 
 Memory is NVML's, whole, of the GPUs that CUDA_VISIBLE_DEVICES names (all); without a GPU it is what the host driver has
 taken, and neighbour is left out.
@@ -22,6 +24,8 @@ import argparse
 import asyncio
 import csv
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
@@ -45,7 +49,7 @@ from results import Results
 from servers import Remote, Server, leave_on_sigterm
 
 from sgl_vtensor.cli.main import main as sgl_vtensor
-from sgl_vtensor.cli.server import free_port
+from sgl_vtensor.cli.server import free_port, group_members
 from sgl_vtensor.errors import VTensorError
 
 GIB = 1 << 30
@@ -57,11 +61,15 @@ BURST = workloads.Kind("chats with a history", 1, 1, 1, 0, turns=6, question=64,
 ARRIVAL_SECONDS = 0.15
 """From one chat of a burst to the next: a GPU computes the history of an 8B model in two thirds of it."""
 PAUSE_SECONDS = 1.0
-QUESTIONS = ("curve", "grow", "limit", "neighbour", "pair", "replicas")
+QUESTIONS = ("curve", "grow", "limit", "neighbour", "pair", "replicas", "killed")
 WATCH_SECONDS = 0.25
 BEFORE_SECONDS = 3.0
 """From when a load begins to what is done to it."""
 FOLLOW_SECONDS = 10.0
+GONE_SECONDS = 180.0
+"""SGLang's processes look for one another now and then only."""
+GONE_BYTES = 64 << 20
+"""So much may others of the device have taken meanwhile."""
 CACHE_SECONDS = 15.0
 """How long the server whose curve is drawn keeps a prefix that nobody asks for."""
 NEIGHBOURS = 21
@@ -322,6 +330,33 @@ class Questions:
             server.flush()
             self.command(server, "limit")
 
+    def killed(self) -> None:
+        name = "vtensor-auto"
+        device = device_bytes()
+        gone_s: list[float] = []
+        longest_s = 0.0
+        while len(gone_s) < self.options.kills and self.left_s > 1.5 * longest_s:
+            begin = time.monotonic()
+            before = device() if device else 0
+            server = self.started(name, len(gone_s))
+            try:
+                load = replace(self.workload(8, sessions=64, seed=len(gone_s)), name="to be cut off")
+                with ThreadPoolExecutor(1) as executor:
+                    loading = executor.submit(self.load, server, load)
+                    time.sleep(random.uniform(0.2, BEFORE_SECONDS))
+                    backed = sum(one["backed_bytes"] for one in server.replicas())
+                    victim = kill_one(server.pid)
+                    gone_s.append(self._gone(server.pid, device, before))
+                    loading.result()
+            finally:
+                server.stop()
+            longest_s = max(longest_s, time.monotonic() - begin)
+            left = f", {(device() - before) / GIB:+.3f} GiB" if device else ""
+            print(f"  {victim} killed, {backed / GIB:.2f} GiB backed: gone after {gone_s[-1]:.1f} s{left}", flush=True)
+        self.results.add("killed under load", name, "times", "1", [len(gone_s)])
+        self.results.add("killed under load", name, "all gone after", "s", gone_s or [float("nan")])
+        self.failed |= not gone_s or max(gone_s) >= GONE_SECONDS
+
     # How they are asked.
 
     def command(self, server: Remote, name: str, *words: str) -> None:
@@ -332,17 +367,26 @@ class Questions:
         except ImportError as error:
             print(f"  left out, this machine lacks what it draws with: {error}", flush=True)
 
+    def started(self, name: str, number: int) -> Server:
+        options = self.options
+        port = free_port(options.port + 10 * number, "127.0.0.1")
+        idle = [f"--vtensor-idle-seconds={options.idle_seconds}"] if name.startswith("vtensor") else []
+        log = options.out / f"server-{name}-{number}.log"
+        server = Server(name, options.model, port, log, [*idle, *options.server_flags])
+        try:
+            server.wait(max(1.0, self.left_s))
+        except BaseException:
+            server.stop()
+            raise
+        return server
+
     @contextmanager
     def servers(self, *names: str) -> Iterator[list[Server]]:
-        options, servers = self.options, []
+        servers: list[Server] = []
         begin = time.monotonic()
         try:
-            for number, name in enumerate(names):
-                port = free_port(options.port + 10 * number, "127.0.0.1")
-                idle = [f"--vtensor-idle-seconds={options.idle_seconds}"] if name.startswith("vtensor") else []
-                log = options.out / f"server-{name}-{number}.log"
-                servers.append(Server(name, options.model, port, log, [*idle, *options.server_flags]))
-                servers[-1].wait(max(1.0, self.left_s))  # one after the other: SGLang looks at free memory
+            for number, name in enumerate(names):  # one after the other: SGLang looks at free memory
+                servers.append(self.started(name, number))
             print(f"{' and '.join(names)}: up after {time.monotonic() - begin:.0f} s", flush=True)
             warm_up = self.workload(2, sessions=2, seed=99)
             for server in servers:
@@ -445,6 +489,16 @@ class Questions:
             time.sleep(0.05)
         return time.monotonic() - begin
 
+    @staticmethod
+    def _gone(group: int, device: Callable[[], int] | None, before: int) -> float:
+        """How long until nothing is left of a server, neither a process nor memory of the device."""
+        begin = time.monotonic()
+        while time.monotonic() - begin < GONE_SECONDS:
+            if not group_members(group) and (device is None or device() <= before + GONE_BYTES):
+                break
+            time.sleep(0.1)
+        return time.monotonic() - begin
+
     def phase(self, watch: Watch, impl: str, what: str, seconds: float) -> None:
         start_s = watch.now_s
         time.sleep(seconds)
@@ -475,6 +529,14 @@ class Questions:
         self.failed |= bool(figures["errors"])
 
 
+def kill_one(group: int) -> str:
+    """Kill one of a server's processes and return its name; not Python's resource tracker, missed at the end only."""
+    named = {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip() for pid in group_members(group)}
+    victim = random.choice([pid for pid, name in named.items() if "resource_tracker" not in name])
+    os.kill(victim, signal.SIGKILL)
+    return named[victim][:60]
+
+
 def _shown(run: Run) -> str:
     figures = summarize(run) | percentiles([sample for sample in run.samples if not sample.error])
     names = ("throughput", "ttft_p50", "ttft_p99", "itl_p99", "cached_share", "errors")
@@ -502,6 +564,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--scale", type=float, default=1.0 if cuda else 0.05, help="of prompts and answers (%(default)s)"
     )
     parser.add_argument("--idle-seconds", type=float, default=5.0, help="the servers' (%(default)s)")
+    parser.add_argument("--kills", type=int, default=10, help="in killed (%(default)s)")
     parser.add_argument("--budget-seconds", type=float, default=3600.0, help="for all of it (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("bench-out/memory"), help="logs, looks, plots, a copy of the rows"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import pytest
 import torch
 from aiohttp import web
 from servers import Remote
+
+from sgl_vtensor.cli.server import group_members
 
 from .fake_sglang import FakeServer
 from .test_compare import in_thread
@@ -101,3 +104,45 @@ def test_a_neighbours_gpu_is_not_looked_at(
     assert used is not None and used() == mib << 20
     free = memory.device_bytes("free")
     assert free is not None and free() == 7 << 20
+
+
+class Killable(Remote):
+    """A server of one process."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__("vtensor-auto", url)
+        self.process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.mark.parametrize("leaks", [0, 1 << 30])
+def test_whoever_is_killed_all_of_it_is_gone_or_the_run_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaks: int
+) -> None:
+    servers: list[Killable] = []
+
+    def device() -> int:
+        alive = [server for server in servers if group_members(server.pid)]
+        return (len(alive) << 34) + leaks * (len(servers) - len(alive))
+
+    def started(self: memory.Questions, name: str, number: int) -> Killable:
+        servers.append(Killable(fake.url))
+        return servers[-1]
+
+    monkeypatch.setattr(memory, "device_bytes", lambda what="used": device)
+    monkeypatch.setattr(memory.Questions, "started", started)
+    monkeypatch.setattr(memory, "GONE_SECONDS", 3.0)
+    monkeypatch.setattr(memory, "BEFORE_SECONDS", 0.3)
+    with in_thread(Limited()) as fake:
+        failed = memory.main(["--model=none", "--ask", "killed", "--kills=2", f"--out={tmp_path}", "--scale=0.01"])
+    assert failed == bool(leaks) and len(servers) == 2
+    with (tmp_path / "memory.csv").open() as file:
+        rows = {row["metric"]: float(row["p50"]) for row in csv.DictReader(file)}
+    assert rows["times"] == 2 and (rows["all gone after"] >= 3.0) == bool(leaks)
