@@ -219,8 +219,9 @@ def _answer(reply: dict[str, Any]) -> Answer:
     tops = meta.get("output_top_logprobs") or ()
     return Answer(
         output_ids=tuple(reply["output_ids"]),
-        prompt_tokens=meta["prompt_tokens"],
-        cached_tokens=meta["cached_tokens"],
+        # SGLang counts none of a request that is aborted before its first batch.
+        prompt_tokens=meta.get("prompt_tokens", 0),
+        cached_tokens=meta.get("cached_tokens", 0),
         finish=meta["finish_reason"]["type"],
         logprobs=tuple(entry[0] for entry in meta.get("output_token_logprobs") or ()),
         prompt_logprobs=tuple(entry[0] for entry in meta.get("input_token_logprobs") or ()),
