@@ -13,7 +13,8 @@
 #
 # In ten minutes there is time for two or three of these: pair and soak, then replicas, large and answers. bench/session.sh
 # says how steps are run. In $OUT, beside what gpu_session.sh leaves: gpus.csv, each GPU's memory in use, second by second.
-#   WORKLOADS  of pair (gsp agent)     PAIR_SECONDS  (300)     SOAK_SECONDS  (150)
+#   WORKLOADS  of pair (gsp agent)     PAIR_SECONDS  (300)     SOAK_SECONDS  (150)     ROUNDS  of what is compared (1)
+#   SERVERS  of pair, side by side: "vtensor-auto vtensor-auto+vtensor-reserve=8%"
 #   LAYERS  of large: above 40 on 80 GB cards with a small pool, and no more than its weights leave
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -60,7 +61,7 @@ used() { # what each GPU holds now, in MiB
 compare() { # NAME SECONDS ARGUMENTS... -- FLAGS...: and once more with NCCL's all-reduce if no server could be measured
   local name=$1 most=$2
   shift 2
-  step "$name" "$most" "$python" bench/compare.py --rounds 1 --start-seconds 240 --port "$port" --budget-seconds "$(budget "$most")" \
+  step "$name" "$most" "$python" bench/compare.py --rounds "${ROUNDS:-1}" --start-seconds 240 --port "$port" --budget-seconds "$(budget "$most")" \
     --out "$work/$name" "$@" "${flags[@]}" "${all_reduce[@]}"
   if [ ! -s "$work/$name/serving.csv" ] && [ "$num_gpus" -gt 0 ] && [ ${#all_reduce[@]} -eq 0 ]; then
     all_reduce=(--disable-custom-all-reduce)
@@ -93,7 +94,7 @@ for name in $steps; do
   used "before $name"
   case $name in
     pair)
-      compare pair "${PAIR_SECONDS:-300}" "${model[@]}" --group "$stock" vtensor-auto --longest-probe 0 \
+      compare pair "${PAIR_SECONDS:-300}" "${model[@]}" --group ${SERVERS:-"$stock" vtensor-auto} --longest-probe 0 \
         --workload ${WORKLOADS:-gsp agent} -- --tp-size 2 "${dummy[@]}" "${pool[@]}"
       ;;
     soak)
