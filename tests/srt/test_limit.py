@@ -230,8 +230,12 @@ def test_the_page_shows_what_server_info_says_under_load(
     assert cached == after["pages_cached"]
 
 
-def test_prometheus_is_told_what_server_info_says(server: SGLangServer) -> None:
-    """The last of this file's tests, so that all of their work is counted."""
+def test_prometheus_is_told_what_server_info_says(server: SGLangServer, stock: StockAnswers) -> None:
+    for expected in stock.hungry[:3]:
+        server.generate(expected.prompt, expected.tokens)
+    assert limit(server, "5%") == 0
+    wait_for_pages(server, NUM_PAGES // 20)
+    assert limit(server, "100%") == 0
     server.wait_idle()
     figures = wait_for_pages(server, 0)
     time.sleep(3)  # an idle server looks once a second
