@@ -249,7 +249,7 @@ class Comparison:
         if workload.in_waves:
             later = summarize(dataclasses.replace(run, samples=[sample for sample in run.samples if sample.turn]))
             figures |= {f"{name}_later": later[name] for name in ("ttft_p50", "cached_share") if name in later}
-        case = case_of(workload, self.options)
+        case = case_of(workload, self.options, started=not self.options.url)
         one = Measured(server.name, workload.name, case, state, seed, figures, by_turn(run))
         self.measured.append(one)
         with (self.options.out / "runs.jsonl").open("a") as file:
@@ -360,10 +360,10 @@ def _workload_name(text: str) -> str:
     return text
 
 
-def case_of(workload: Workload, options: argparse.Namespace) -> str:
-    """The load, and of servers that we start their size: figures of small pools are of evictions too."""
+def case_of(workload: Workload, options: argparse.Namespace, *, started: bool = True) -> str:
+    """The load, and of servers that we have started their size: figures of small pools are of evictions too."""
     parts = [workload.name, f"scale {options.scale:g}", *([f"c{workload.users}"] if workload.users else [])]
-    if getattr(options, "url", None):
+    if not started:
         return " ".join(parts)
     flags = [part for flag in options.server_flags for part in flag.split("=", 1)]
     named = [f"{name} {flags[flags.index(f'--{name}') + 1]}" for name in SIZES if f"--{name}" in flags[:-1]]

@@ -61,8 +61,8 @@ used() { # what each GPU holds now, in MiB
 compare() { # NAME SECONDS ARGUMENTS... -- FLAGS...: and once more with NCCL's all-reduce if no server could be measured
   local name=$1 most=$2
   shift 2
-  step "$name" "$most" "$python" bench/compare.py --rounds "${ROUNDS:-1}" --start-seconds 240 --port "$port" --budget-seconds "$(budget "$most")" \
-    --out "$work/$name" "$@" "${flags[@]}" "${all_reduce[@]}"
+  step "$name" "$most" "$python" bench/compare.py --rounds "${ROUNDS:-1}" --start-seconds 240 --port "$port" \
+    --budget-seconds "$(budget "$most")" --out "$work/$name" "$@" "${flags[@]}" "${all_reduce[@]}"
   if [ ! -s "$work/$name/serving.csv" ] && [ "$num_gpus" -gt 0 ] && [ ${#all_reduce[@]} -eq 0 ]; then
     all_reduce=(--disable-custom-all-reduce)
     compare "$name" "$most" "$@"
@@ -99,8 +99,8 @@ for name in $steps; do
       ;;
     soak)
       soak_s=${SOAK_SECONDS:-150}
-      step soak $((soak_s + 220)) "$python" bench/soak.py "${model[@]}" --debug --seconds "$soak_s" \
-        --port "$port" --budget-seconds "$(budget $((soak_s + 220)))" --out "$work/soak" -- --tp-size 2 "${dummy[@]}" "${flags[@]}" \
+      step soak $((soak_s + 220)) "$python" bench/soak.py "${model[@]}" --debug --seconds "$soak_s" --port "$port" \
+        --budget-seconds "$(budget $((soak_s + 220)))" --out "$work/soak" -- --tp-size 2 "${dummy[@]}" "${flags[@]}" \
         "${small[@]}" "${all_reduce[@]}"
       ;;
     replicas)

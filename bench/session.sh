@@ -8,7 +8,8 @@ work=$(mktemp -d /tmp/gpu-session.XXXXXX)
 limit_s=${SESSION_SECONDS:-560}
 python=${PYTHON:-python3}
 status=0
-port=$((20000 + $$ % 200 * 50)) # of its servers: SGLang takes it a minute after it has been found free, and sessions run side by side
+# Of its servers. SGLang takes a port a minute after it has been found free: sessions side by side have others.
+port=$((20000 + $$ % 200 * 50))
 
 left() { echo $((limit_s - SECONDS)); }
 say() { echo "[$SECONDS s] $*" >> "$work/summary.txt"; echo "[$SECONDS s] $*"; }
@@ -17,7 +18,8 @@ pack() { # files are moved into place whole, so that a kill never leaves half of
   local new=$work/.$BASHPID.new file found
   (cd "$work" && tar czf "$new" --exclude='*-llama' --exclude='llama70b*' -- * 2> /dev/null)
   [ $? -gt 1 ] || mv "$new" "$out/logs.tar.gz" # 1: a log grew meanwhile
-  for file in summary.txt memcheck.log gpus.csv serving.csv memory.csv soak.csv programs.csv profile.csv prefill.csv decode.csv soak.json runs.jsonl; do
+  for file in summary.txt memcheck.log gpus.csv serving.csv memory.csv soak.csv programs.csv profile.csv prefill.csv \
+    decode.csv soak.json runs.jsonl; do
     found=$(ls "$work/$file" "$work"/*/"$file" 2> /dev/null)
     [ -z "$found" ] || { awk 'FNR > 1 || NR == 1 || !/^date,/' $found > "$new" && mv "$new" "$out/$file"; }
   done

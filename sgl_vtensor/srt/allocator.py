@@ -192,20 +192,17 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         ``beyond_limit``: if they and the limit do not suffice, what the pool's size allows.
         """
         for beyond in (False, True) if beyond_limit else (False,):
-            if self._lacking(num_pages, tree_cache, beyond_limit=beyond) is not None:
+            if self.pool.secure(num_pages, beyond_limit=beyond):
+                return True
+            if self._obtainable(num_pages, tree_cache, beyond_limit=beyond) is not None:
                 return True
         self.note_shortage()
         return False
 
-    def _lacking(self, num_pages: int, tree_cache: Any, *, beyond_limit: bool) -> int | None:
-        """Take memory for so many pages; 0 where it is all there, else how many cached prefixes must give.
-
-        None where they have too few.
-        """
-        if self.pool.secure(num_pages, beyond_limit=beyond_limit):
-            return 0
-        lacking = max(0, self._missing(num_pages, beyond_limit=beyond_limit))
-        return lacking if lacking <= tree_cache.evictable_size() // self.page_size else None
+    def _obtainable(self, num_pages: int, tree_cache: Any, *, beyond_limit: bool) -> int | None:
+        """What is ``_missing``, if cached prefixes have as many to give, else None."""
+        missing = self._missing(num_pages, beyond_limit=beyond_limit)
+        return missing if missing <= tree_cache.evictable_size() // self.page_size else None
 
     def _missing(self, num_pages: int, *, beyond_limit: bool = False) -> int:
         """So many of these pages must come from cached prefixes, since neither limit nor memory allows for more.
@@ -231,12 +228,14 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         """Take memory for so many pages, from cached prefixes if need be; leave those alone if it would not help."""
         if beyond_limit and self.secure(num_pages, tree_cache):
             return True
-        lacking = self._lacking(num_pages, tree_cache, beyond_limit=beyond_limit)
-        if lacking is None:
+        secure = functools.partial(self.pool.secure, num_pages, beyond_limit=beyond_limit)
+        if secure():
+            return True
+        missing = self._obtainable(num_pages, tree_cache, beyond_limit=beyond_limit)
+        if missing is None:
             self.note_shortage()
             return False
-        secure = functools.partial(self.pool.secure, num_pages, beyond_limit=beyond_limit)
-        return secure() or self._evict_until(secure, tree_cache, at_first=lacking)
+        return self._evict_until(secure, tree_cache, at_first=missing)
 
     def note_shortage(self) -> None:
         if self._policy is not None:

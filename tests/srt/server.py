@@ -216,12 +216,13 @@ def generate_body(prompt: Sequence[int], tokens: int) -> dict[str, Any]:
 
 def _answer(reply: dict[str, Any]) -> Answer:
     meta = reply["meta_info"]
+    if meta["finish_reason"]["type"] == "abort":  # before its first batch SGLang counts none of a request
+        meta = {"prompt_tokens": 0, "cached_tokens": 0} | meta
     tops = meta.get("output_top_logprobs") or ()
     return Answer(
         output_ids=tuple(reply["output_ids"]),
-        # SGLang counts none of a request that is aborted before its first batch.
-        prompt_tokens=meta.get("prompt_tokens", 0),
-        cached_tokens=meta.get("cached_tokens", 0),
+        prompt_tokens=meta["prompt_tokens"],
+        cached_tokens=meta["cached_tokens"],
         finish=meta["finish_reason"]["type"],
         logprobs=tuple(entry[0] for entry in meta.get("output_token_logprobs") or ()),
         prompt_logprobs=tuple(entry[0] for entry in meta.get("input_token_logprobs") or ()),
