@@ -7,19 +7,21 @@
 #            graphs and overlap on; gsp and agents in turn. Ranks compare their decisions at every eighth launch.
 # soak       the same on vTensor memory with --vtensor-debug: overload, aborts, limits, flushes (bench/soak.py)
 # replicas   --dp-size 2: one load, the limit lowered under it, top and limit of each replica (bench/memory.py)
-# large      a 70B shape at --tp-size 2, stock fa3 and then vtensor-auto; gsp. 80 layers are 139 GB: on 80 GB
-#            cards 40 of them
+# large      a 70B shape at --tp-size TP, stock fa3 and then vtensor-auto; gsp. 80 layers are 139 GB: on two cards
+#            of 80 GB 40 of them
 # answers    first-token logprobs at --tp-size 2 against stock's, of a small random model for which the prompt matters
 #
 # In ten minutes there is time for two or three of these: pair and soak, then replicas, large and answers. bench/session.sh
 # says how steps are run. In $OUT, beside what gpu_session.sh leaves: gpus.csv, each GPU's memory in use, second by second.
 #   WORKLOADS  of pair (gsp agent)     PAIR_SECONDS  (300)     SOAK_SECONDS  (150)     ROUNDS  of what is compared (1)
 #   SERVERS  of pair, side by side: "vtensor-auto vtensor-auto+vtensor-reserve=8%"
+#   TP  of large (2)
 #   LAYERS  of large: above 40 on 80 GB cards with a small pool, and no more than its weights leave
 set -u
 cd "$(dirname "$0")/.." || exit 1
 steps=${*:-pair soak replicas large answers}
 source bench/session.sh
+tp=${TP:-2}
 
 # A program that uses NVLink multicast can put GPUs that others share out of service. SGLang at --tp-size does, to gather
 # logits and in its newer all-reduce: PyTorch refuses it by these variables, and the all-reduce is the older one, over CUDA
@@ -75,8 +77,9 @@ budget() { # of SECONDS for a command that ends in order by itself, within what 
 
 write_large_model() { # the shape of Llama-3-70B, with the small model's vocabulary and tokenizer
   local gib=$(($(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits --id=0) >> 10)) layers
-  layers=${LAYERS:-$((gib > 120 ? 80 : 40))}
-  large=(--mem-fraction-static "$([ "$gib" -gt 120 ] || [ "$layers" -le 40 ] && echo 0.85 || echo 0.93)")
+  local most=$((gib * tp > 240 ? 80 : 40))
+  layers=${LAYERS:-$most}
+  large=(--mem-fraction-static "$([ "$layers" -le "$most" ] && echo 0.85 || echo 0.93)")
   cp -r "${MODEL:-.gpu/llama8b}" "$work/llama70b"
   "$python" - "$work/llama70b/config.json" "$layers" <<'PYTHON'
 import json, pathlib, sys
@@ -110,7 +113,7 @@ for name in $steps; do
     large)
       [ "$num_gpus" -eq 0 ] || write_large_model
       compare large 360 "${large_model[@]}" --group "$stock" --group vtensor-auto --longest-probe 0 \
-        --workload gsp -- --tp-size 2 "${dummy[@]}" "${large[@]}"
+        --workload gsp -- --tp-size "$tp" "${dummy[@]}" "${large[@]}"
       ;;
     answers)
       compare answers 200 "${random[@]}" --group "$stock" vtensor-auto --workload shared-few --states cold \
