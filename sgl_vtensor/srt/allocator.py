@@ -393,3 +393,8 @@ def paged_allocator_class(original: Callable[..., Any], platform: Any) -> type |
         allocator_class: type | None = original(platform)
         return allocator_class
     return VTensorAllocator
+
+
+def fill_chunks_exactly(original: Callable[[], bool]) -> bool:
+    """Hook: what a prefill pass may compute is counted in tokens, as with page 1; its memory still in whole pages."""
+    return active_config() is not None or original()

@@ -76,6 +76,12 @@ HOOKS: tuple[Hook, ...] = (
         "makes the rows once the request slots are known, before graphs are captured",
     ),
     Hook(
+        "sglang.srt.managers.schedule_policy._use_exact_chunk_fill",
+        HookType.AROUND,
+        allocator.fill_chunks_exactly,
+        "a prefill's chunk counts tokens; SGLang rounds each request up to whole pages, so that fewer fit",
+    ),
+    Hook(
         f"{ALLOCATION}.alloc_for_extend",
         HookType.AROUND,
         runtime.alloc_for_extend,

@@ -30,6 +30,7 @@ PARAMETERS = {
     "DefaultPoolConfigurator._compute_cell_size": ["self", "kvc", "num_layers"],
     "KVCacheConfigurator._profile_available_bytes": ["self", "pre_model_load_memory"],
     "ModelRunner.alloc_memory_pool": ["self"],
+    "schedule_policy._use_exact_chunk_fill": [],
     "allocation.alloc_for_extend": ["batch"],
     "allocation.alloc_for_decode": ["batch"],
     "TpModelWorker.forward_batch_generation": ["self", "batch"],

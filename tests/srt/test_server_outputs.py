@@ -4,6 +4,7 @@ traces that they record meanwhile replay."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -105,6 +106,18 @@ def test_after_flush(server: SGLangServer, stock: StockAnswers) -> None:
         server.flush_cache()
         figures = server.vtensor()
         assert figures["pages_in_use"] == figures["pages_cached"] == 0
+
+
+@only("no-overlap", "no-tree")
+def test_chunks_are_filled_to_the_token(server: SGLangServer, stock: StockAnswers) -> None:
+    """As with page 1: rounded up to pages, as SGLang does it, no two of these fill a chunk of two pages."""
+    asked = [one for one in stock.mixed if len(one.prompt) in (17, 31, 33, 47)]
+    begin = len(server.log.read_text())
+    body = generate_body(asked[0].prompt, asked[0].tokens) | {"input_ids": [list(one.prompt) for one in asked]}
+    replies = server.post("/generate", body).json()
+    assert [tuple(reply["output_ids"]) for reply in replies] == [one.output_ids for one in asked]
+    batches = re.findall(r"Prefill batch, #new-seq: (\d+), #new-token: (\d+)", server.log.read_text()[begin:])
+    assert any(int(seqs) > 1 and int(tokens) == 2 * PAGE_TOKENS for seqs, tokens in batches), batches
 
 
 @with_tree
