@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,15 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import add_attention_backend_choices
-from vtensor_kernels import DecodeWorkspace, decode_attention, prefill_attention, reference_attention, warm_up
+from vtensor_kernels import (
+    DecodeSchedule,
+    DecodeWorkspace,
+    decode_attention,
+    prefill_attention,
+    prefill_schedule,
+    reference_attention,
+    warm_up,
+)
 
 from sgl_vtensor.errors import ConfigError
 from sgl_vtensor.srt.flags import NAME
@@ -44,6 +52,8 @@ class Metadata:
     host_q_starts: tuple[int, ...] = ()  # extend only, [batch + 1]
     host_kv_lens: tuple[int, ...] = ()  # extend only
     reads_homes: bool = False  # stock FlashAttention-3, paged, serves this pass
+    schedules: dict[object, Any] = field(default_factory=dict)
+    """Of our kernels: made by the first layer of a kind, for all layers like it. A captured graph makes its own."""
 
 
 class VTensorAttnBackend(AttentionBackend):
@@ -77,7 +87,13 @@ class VTensorAttnBackend(AttentionBackend):
         self._kv_lens = torch.zeros(self._max_batch, dtype=torch.int32, device=self.device)
         self.kernel = self._choose_kernel(runtime.config.kernel)
         self._workspace = (
-            DecodeWorkspace(self._max_batch, num_q_heads, self.token_to_kv_pool.v_head_dim, self.device)
+            DecodeWorkspace(
+                self._max_batch,
+                num_q_heads,
+                self.token_to_kv_pool.v_head_dim,
+                self.device,
+                kv_heads=min(keys.shape[2] for keys, _ in self._views.values()),
+            )
             if self.kernel in ("auto", "triton") and self.device.type == "cuda"
             else None
         )
@@ -166,6 +182,8 @@ class VTensorAttnBackend(AttentionBackend):
             self._paged.init_forward_metadata_in_graph(forward_batch)
         else:
             self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
+            # What a run before the capture made is of its lengths, and no part of the graph.
+            self._metadata().schedules.clear()
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Set the metadata of this pass, up to the lengths on the device; true if it is to read the homes."""
@@ -231,9 +249,12 @@ class VTensorAttnBackend(AttentionBackend):
         if self._takes_fa3(layer, options):
             self._extend_fa3(queries, out, layer, metadata, options)
         else:
-            attend = prefill_attention if self._workspace is not None else reference_attention
             keys, values = self._views[layer.layer_id]
             assert metadata.qo_indptr is not None
+            attend = reference_attention
+            if self._workspace is not None:
+                attend = prefill_attention
+                options["schedule"] = self._prefill_schedule(queries, keys, values, metadata, options["causal"])
             attend(
                 queries,
                 keys,
@@ -266,13 +287,36 @@ class VTensorAttnBackend(AttentionBackend):
         options = self._options(layer, sinks)
         keys, values = self._views[layer.layer_id]
         if self._workspace is not None:
+            schedule = self._decode_schedule(keys, metadata, options["sliding_window"])
             decode_attention(
-                queries, keys, values, out, metadata.rows, metadata.kv_lens, workspace=self._workspace, **options
-            )
+                queries, keys, values, out, metadata.rows, metadata.kv_lens, workspace=self._workspace,
+                schedule=schedule, **options,
+            )  # fmt: skip
         else:
             qo_indptr = torch.arange(len(metadata.rows) + 1, dtype=torch.int32)
             reference_attention(queries, keys, values, out, metadata.rows, qo_indptr, metadata.kv_lens, 1, **options)
         return out.view(q.shape[0], -1)
+
+    def _decode_schedule(self, keys: torch.Tensor, metadata: Metadata, window: int) -> DecodeSchedule:
+        assert self._workspace is not None
+        kind = (keys.shape[2:], window)
+        if kind not in metadata.schedules:
+            schedule = DecodeSchedule(self._workspace, keys, len(metadata.rows), sliding_window=window)
+            metadata.schedules[kind] = schedule.update(metadata.rows, metadata.kv_lens)
+        made: DecodeSchedule = metadata.schedules[kind]
+        return made
+
+    def _prefill_schedule(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, metadata: Metadata, causal: bool
+    ) -> torch.Tensor:
+        kind = (queries.shape, keys.shape[2:], values.shape[2:], causal)
+        if kind not in metadata.schedules:
+            metadata.schedules[kind] = prefill_schedule(
+                queries, keys, values, metadata.rows, metadata.qo_indptr, metadata.kv_lens, metadata.max_q_len,
+                causal=causal,
+            )  # fmt: skip
+        made: torch.Tensor = metadata.schedules[kind]
+        return made
 
     def _forward_paged(
         self,

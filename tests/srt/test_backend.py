@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from vtensor_kernels import DecodeWorkspace, decode, prefill, reference_attention
 
 from sgl_vtensor.srt import backend
 
@@ -56,3 +58,48 @@ def test_layers_that_flash_attention_serves_are_not(monkeypatch: pytest.MonkeyPa
     del model.sinks
     made._warm_up(model, torch.bfloat16)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("decoding", [True, False])
+def test_a_pass_makes_one_schedule_for_layers_alike_and_anew_for_new_lengths(
+    decoding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a graph is captured: a run before it, with other lengths, leaves nothing that the graph would rely on."""
+    launched = []
+    module = decode if decoding else prefill
+    kernel = module._schedule_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, "_schedule_kernel", Counted())
+    windows = [-1, 7, -1, 7]
+    model = Model(windows)
+    made = object.__new__(backend.VTensorAttnBackend)
+    made._views = {layer: torch.randn(2, 3, 64, 2, 16).unbind() for layer in range(len(windows))}
+    made._fa3, made._workspace = None, DecodeWorkspace(3, 4, 16, "cpu", kv_heads=2)
+    made._kv_lens = torch.zeros(3, dtype=torch.int32)
+    rows = torch.tensor([2, 0], dtype=torch.int32)
+    new = [1, 1] if decoding else [3, 5]
+    indptr = torch.tensor([0, new[0], sum(new)], dtype=torch.int32)
+    made.forward_metadata = backend.Metadata(
+        rows=rows, kv_lens=made._kv_lens[:2], qo_indptr=None if decoding else indptr, max_q_len=max(new)
+    )
+    q = torch.randn(sum(new), 4 * 16)
+    for lengths in ([9, 61], [40, 8]):
+        launched.clear()
+        batch = types.SimpleNamespace(batch_size=2, seq_lens=torch.tensor(lengths))
+        made.init_forward_metadata_in_graph(batch)
+        for layer in model.layers:
+            forward = made.forward_decode if decoding else made.forward_extend
+            out = forward(q, None, None, layer, batch, save_kv_cache=False)
+            expected = torch.empty(sum(new), 4, 16)
+            window = layer.sliding_window_size
+            reference_attention(
+                q.view(-1, 4, 16), *made._views[layer.layer_id], expected, rows, indptr, made._kv_lens[:2], max(new),
+                sm_scale=0.25, sliding_window=window,
+            )  # fmt: skip
+            torch.testing.assert_close(out.view(-1, 4, 16), expected, rtol=1e-5, atol=1e-5)
+        assert len(launched) == (2 if decoding else 1), "decode has one a window"
