@@ -147,16 +147,21 @@ class MemoryPolicy:
                 if evicted and short and yields:
                     self._release_for_neighbours(yields)
 
-    def launched(self) -> None:
+    def launched(self, pages_soon: int = 0) -> None:
         """Behind a launch, while the GPU computes: a few pages ahead of need, so that a decode step waits for none.
 
         The reserve itself never waits, and what each rank has of it decides nothing.
+
+        Args:
+            pages_soon: that requests begin in the next steps. Requests of one length begin theirs in the same one, more
+                than a reserve holds. Without a reserve nothing is taken ahead.
         """
         self._idle_since = None
         ready = self.pool.pages.num_free_backed
-        if ready < self.reserve_pages:
+        wanted = max(self.reserve_pages, pages_soon) if self.reserve_pages else 0
+        if ready < wanted:
             try:
-                self.pool.prepare(min(self.reserve_pages, ready + PAGES_CREATED_AT_ONCE))
+                self.pool.prepare(min(wanted, ready + PAGES_CREATED_AT_ONCE))
             except OutOfMemory:
                 pass  # when a page is needed it is asked for again
             except DriverError as error:

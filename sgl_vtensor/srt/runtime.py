@@ -46,6 +46,8 @@ MAX_MAPPINGS_AHEAD = 8
 """Mappings that a prefill waits for; where its rows lack more, it is read at its homes."""
 MAX_WAITING = 8
 """Requests at the head of the queue whose prefixes are mapped ahead."""
+STEPS_AHEAD = 16
+"""For so many decode steps pages are created ahead, eight behind each launch: two for each of 64 requests."""
 CALLS_A_LAUNCH = 16
 TOKENS_A_CALL = 64
 """What is mapped ahead for them behind one launch: so many driver calls, about a millisecond, and one more for so many
@@ -186,11 +188,17 @@ class Runtime:
             self.pool.launch(event)
         else:
             self.pool.launch(None)
-        self.policy.launched()
+        self.policy.launched(self._pages_soon(batch))
         if self.config.unmap_rows:
             self.pool.unmap_parked()
         if self.can_read_homes and self.reads_rows:
             self._map_ahead(batch)
+
+    def _pages_soon(self, batch: Any) -> int:
+        """Pages that this batch's requests begin within the next steps."""
+        page_tokens = self.pool.layout.page_tokens
+        left_tokens = -batch.seq_lens_cpu.numpy() % page_tokens  # what each has room for in its last page
+        return int(np.count_nonzero(left_tokens < min(STEPS_AHEAD, page_tokens)))
 
     def _map_ahead(self, batch: Any) -> None:
         """Map the row of a prefill that goes on, and all rows while few requests run: the CPU has the time then."""
@@ -232,12 +240,9 @@ class Runtime:
     def zero_fresh_pages(self) -> None:
         """New memory may hold anything, and 0 times NaN is NaN."""
         fresh = self.pool.take_fresh()
-        if not fresh:
-            return
-        indices = torch.tensor(fresh, dtype=torch.int64)
-        if self._on_cuda:
-            indices = indices.pin_memory().to(self.pool.driver.device, non_blocking=True)
-        self.words.index_fill_(0, indices, 0)
+        if fresh:
+            # As memset, a few launches for all of them: requests of one length begin a page each in the same step.
+            torch._foreach_zero_([self.words[page] for page in fresh])
 
     def _copy_pages(self) -> None:
         """Token-granular reuse. On the forward stream, so behind the launch that wrote the source page."""

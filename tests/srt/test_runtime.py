@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from sgl_vtensor.srt.runtime import (
     CALLS_A_LAUNCH,
     MAX_MAPPINGS_AHEAD,
     MAX_VIEWS,
+    STEPS_AHEAD,
     TOKENS_A_CALL,
     Runtime,
     _max_mappings,
@@ -71,6 +73,7 @@ class World:
         req = SimpleNamespace(kv=SimpleNamespace(holds_kv=True, req_pool_idx=chunked))
         batch = SimpleNamespace(
             req_pool_indices_cpu=slots_cpu,
+            seq_lens_cpu=torch.tensor([16 * int(self.pool.num_wanted[slot]) for slot in slots]),
             chunked_req=None if chunked is None else req,
             forward_mode=SimpleNamespace(is_extend=lambda: extending),
         )
@@ -265,6 +268,22 @@ def test_copies_and_zeroing_precede_the_launch(world: World) -> None:
     assert np.count_nonzero(copied[5 * stride :]) == 0
     assert world.allocator.copies == []
     assert world.runtime.tokens_copied == 5
+
+
+def test_pages_are_created_before_requests_begin_them(world: World) -> None:
+    """Eight at once, for all that will need one in the next steps; none without a reserve."""
+    slots, pages = list(range(12)), world.pool.pages
+    world.prefill(slots, 2)  # they end at a page's edge
+    for reserve, created in ((0, 0), (1, 8), (1, 12), (1, 12)):
+        world.runtime.policy.reserve_pages = reserve
+        world.decode(slots)
+        assert pages.num_free_backed == created
+    # One whose page has room for more steps than are looked ahead for needs none.
+    layout = world.pool.layout
+    world.pool.layout = dataclasses.replace(layout, page_tokens=128)
+    lens = torch.tensor([128, 129, 128 - STEPS_AHEAD, 128 - STEPS_AHEAD + 1, 127])
+    assert world.runtime._pages_soon(SimpleNamespace(seq_lens_cpu=lens)) == 3
+    world.pool.layout = layout
 
 
 def test_rows_that_contradict_other_settings_are_refused() -> None:
