@@ -18,6 +18,8 @@ MAX_HEADS_A_TILE = 64
 """Query heads of a group in one tile; larger groups take several, each reading K and V again."""
 COMBINED_VALUES = 8192
 """Of the parts of a request, so many values at a time are combined: 64 registers of a thread."""
+COMBINE_BLOCKS = 3
+"""What that costs, in blocks of keys that a program reads: one kv head, 1 x 8192 in 64 parts took 34 us on an H100."""
 _ENTRY = 4
 """int32 an entry of a schedule: a share's first request, its row, its length, and its first block among all."""
 
@@ -107,6 +109,8 @@ class DecodeSchedule:
         group = workspace.q_heads // kv_heads
         self.block_h = min(max(16, triton.next_power_of_2(group)), MAX_HEADS_A_TILE)
         self.tiles = kv_heads * triton.cdiv(group, self.block_h)
+        self.heads_p2 = min(triton.next_power_of_2(group), self.block_h)
+        self.parts_at_a_time = max(COMBINED_VALUES // (self.heads_p2 * tile.block_dim(workspace.v_head_dim)), 1)
         self.shares = max(self.config.programs * tile.processors(k.device) // self.tiles, 1)
         if self.shares > workspace.max_shares:
             raise ValueError(
@@ -121,6 +125,8 @@ class DecodeSchedule:
             self.table, rows, kv_lens, self.batch, self.sliding_window,
             BLOCK_N=self.config.block_n,
             MIN_BLOCKS=triton.cdiv(self.config.min_tokens, self.config.block_n),
+            PARTS_AT_A_TIME=self.parts_at_a_time,
+            COMBINE_BLOCKS=COMBINE_BLOCKS,
             BLOCK_B=tile.block_batch(self.batch),
             HAS_WINDOW=self.sliding_window > 0,
             ENTRY=_ENTRY,
@@ -153,6 +159,8 @@ def _schedule_kernel(
     window,
     BLOCK_N: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
+    PARTS_AT_A_TIME: tl.constexpr,
+    COMBINE_BLOCKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     ENTRY: tl.constexpr,
@@ -164,6 +172,9 @@ def _schedule_kernel(
     blocks = tl.where(inside, _num_blocks(kv_len, window, BLOCK_N, HAS_WINDOW), 0)
     ends = tl.cumsum(blocks, 0)
     share = tl.maximum(tl.cdiv(tl.sum(blocks, 0), tl.num_programs(0)), MIN_BLOCKS)
+    # One program combines a request's parts: of few kv heads a long request would have so many that this takes longer
+    # than to read the keys. s blocks a share, and combining ceil(blocks / s) parts, are shortest together at the root.
+    share = tl.maximum(share, tl.sqrt(tl.max(blocks, 0) * (COMBINE_BLOCKS / PARTS_AT_A_TIME)).to(tl.int32))
     index = tl.program_id(0)
     if index == 0:
         tl.store(table_ptr, share)
@@ -415,8 +426,6 @@ def decode_attention(
             f"{batch} and {sliding_window}: make a DecodeSchedule for these"
         )
     config = schedule.config
-    group = q_heads // kv_heads
-    heads_p2 = min(triton.next_power_of_2(group), schedule.block_h)
     scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
     if use_tma and not tile.INTERPRETING:
         triton.set_allocator(tile.allocate_scratch)
@@ -428,15 +437,15 @@ def decode_attention(
         *v.stride()[:3],
         *out.stride()[:2],
         Q_HEADS=q_heads,
-        GROUP=group,
+        GROUP=q_heads // kv_heads,
         DIM=head_dim,
         V_DIM=v_head_dim,
         BLOCK_H=schedule.block_h,
         BLOCK_N=config.block_n,
         BLOCK_D=tile.block_dim(head_dim),
         BLOCK_DV=tile.block_dim(v_head_dim),
-        BLOCK_S=max(COMBINED_VALUES // (heads_p2 * tile.block_dim(v_head_dim)), 1),
-        HEADS_P2=heads_p2,
+        BLOCK_S=schedule.parts_at_a_time,
+        HEADS_P2=schedule.heads_p2,
         HAS_CAP=logit_cap > 0,
         HAS_WINDOW=sliding_window > 0,
         HAS_SINKS=sinks is not None,

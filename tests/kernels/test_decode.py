@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import Case, make_case
-from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode, decode_attention
+from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode, decode_attention, tile
 
 EDGES = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257]
 
@@ -101,6 +101,28 @@ def test_shares_cross_requests(device: torch.device) -> None:
             workspace.partial.fill_(float("nan"))
             check(case, config=config, workspace=workspace)
             assert not workspace.arrivals.any()
+
+
+@pytest.mark.parametrize(("heads", "kv_len"), [((8, 1), 8191), ((8, 1), 131071), ((32, 8), 8191), ((8, 1), 300)])
+def test_one_request_is_cut_so_that_reading_and_combining_are_short_together(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], kv_len: int
+) -> None:
+    """Within a fourth of the best share there is, in blocks of keys."""
+    monkeypatch.setattr(tile, "processors", lambda device: 132)
+    q_heads, kv_heads = heads
+    k = torch.empty(1, 64, kv_heads, 128, device=device)
+    config = decode.DecodeConfig(block_n=64, num_warps=4, num_stages=1, min_tokens=128, programs=1)
+    schedule = DecodeSchedule(DecodeWorkspace(1, q_heads, 128, device, kv_heads=kv_heads), k, 1, config=config)
+    lengths = torch.tensor([kv_len], dtype=torch.int32, device=device)
+    schedule.update(torch.zeros_like(lengths), lengths)
+    blocks, combined = -(-kv_len // 64), schedule.parts_at_a_time
+
+    def cost(share: int) -> int:
+        parts = -(-blocks // share)
+        return share + (decode.COMBINE_BLOCKS * -(-parts // combined) if parts > 1 else 0)
+
+    least = max(2, -(-blocks // schedule.shares))
+    assert cost(int(schedule.table[0])) <= 1.25 * min(map(cost, range(least, blocks + 1)))
 
 
 def test_one_schedule_serves_all_layers(device: torch.device) -> None:
