@@ -8,7 +8,7 @@ measured in turn, never at once: A, B, then B, A, each round with a new seed. Gr
 cold, from an empty cache, and again warm. First-token logprobs of the same prompts are compared before. With
 --budget-seconds it ends in time, whatever happens, with what it has. What vTensor memory cost is told beside: driver
 calls per generated token, and waits for mappings; of chat-16k also for the turns after the first ("later"). Rows go to
-bench/results/serving.csv, and with plots, logs and every run's figures (runs.jsonl) to --out. workloads:
+bench/results/serving.csv, and with plots, logs and every run's figures and requests (runs.jsonl) to --out. workloads:
 
 """
 
@@ -252,8 +252,11 @@ class Comparison:
         case = case_of(workload, self.options, started=not self.options.url)
         one = Measured(server.name, workload.name, case, state, seed, figures, by_turn(run))
         self.measured.append(one)
+        began = min((sample.sent_s for sample in run.samples), default=0.0)
+        # Users of a closed loop ask all at once, again and again: which of the bursts was late?
+        asked = [(round(1000 * (each.sent_s - began)), round(1000 * each.ttft_s, 1)) for each in run.samples]
         with (self.options.out / "runs.jsonl").open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(one) | {"sizes": workload.case}) + "\n")
+            file.write(json.dumps(dataclasses.asdict(one) | {"sizes": workload.case, "sent_ttft_ms": asked}) + "\n")
         names = (*SHOWN, *(name for name in figures if name.removesuffix("_later") in COSTS))
         shown = ", ".join(f"{name} {figures[name]:.4g}" for name in names if name in figures)
         print(f"  {server.name:24s} {workload.name} seed {seed} {state}: {shown}", flush=True)

@@ -17,7 +17,7 @@
 # runs.jsonl, memcheck.log, logs.tar.gz and caches.tar.gz (put into .gpu/, it saves compiling at the next start). Without a
 # GPU it is a dry run on a tiny model.
 #   WORKLOADS  (gsp)      ROUNDS  (1)      STATES  (cold warm)      QUESTIONS  of memory.py (all)
-#   SOAK  flags of soak.py (--debug)
+#   SOAK  flags of soak.py (--debug)      MEMORY  flags of memory.py
 #   MODEL  (.gpu/llama8b, with dummy weights), or random: a small one of which answers can be compared (soak, servers)
 #   PROFILED  workload of profile (shared-few)
 #   POOL  tokens of each server that is compared (100000: two of an 8B shape fit 80 GB; 360000 for one, with SHARE=0.85)
@@ -76,7 +76,7 @@ for name in $steps; do
       fi
       ;;
     memory)
-      step memory "$(left)" "$python" bench/memory.py "${model[@]}" ${QUESTIONS:+--ask $QUESTIONS} \
+      step memory "$(left)" "$python" bench/memory.py "${model[@]}" ${QUESTIONS:+--ask $QUESTIONS} ${MEMORY:-} \
         --port "$port" --budget-seconds "$(($(left) - 20))" --out "$work/memory" -- "${memory_flags[@]}"
       ;;
     soak)

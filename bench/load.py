@@ -39,6 +39,8 @@ class Sample:
     group: int = 0
     delay_s: float = 0.0
     """From when it was due to when it was sent: the driver's own doing."""
+    sent_s: float = 0.0
+    """On ``time.perf_counter``'s clock."""
     ttft_s: float = 0.0
     latency_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
@@ -256,6 +258,7 @@ async def ask(
     data = json.dumps(talk.body(turn)).encode()
     begin = last = time.perf_counter()
     sample.delay_s = max(0.0, begin - due)
+    sample.sent_s = begin
     event, seen = b"", 0
     try:
         async with client.post(url + talk.path, data=data, headers={"content-type": "application/json"}) as answer:

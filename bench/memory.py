@@ -338,28 +338,38 @@ class Questions:
         try:
             while len(gone_s) < self.options.kills and self.left_s > 1.5 * longest_s:
                 begin = time.monotonic()
-                gone_s.append(self._kill_under_load(name, len(gone_s), device))
+                gone_s += self._kill_under_load(name, len(gone_s), device)
                 longest_s = max(longest_s, time.monotonic() - begin)
         finally:  # a start that fails is told by whoever asked; the kills before it count
             self.results.add("killed under load", name, "times", "1", [len(gone_s)])
             self.results.add("killed under load", name, "all gone after", "s", gone_s or [float("nan")])
         self.failed |= not gone_s or max(gone_s) >= GONE_SECONDS
 
-    def _kill_under_load(self, name: str, number: int, device: Callable[[], int] | None) -> float:
-        """Seconds from the kill until nothing of the server is left."""
+    def _kill_under_load(self, name: str, first: int, device: Callable[[], int] | None) -> list[float]:
+        """Of each of the servers side by side the seconds from its kill until nothing of it, and no memory, is left."""
         before = device() if device else 0
-        server = self.started(name, number)
+        with ThreadPoolExecutor() as executor:
+            starts = [executor.submit(self.started, name, first + number) for number in range(self.options.at_once)]
+        servers = [start.result() for start in starts if start.exception() is None]
         try:
-            load = replace(self.workload(8, sessions=64, seed=number), name="to be cut off")
-            with ThreadPoolExecutor(1) as executor:
-                loading = executor.submit(self.load, server, load)
-                time.sleep(random.uniform(0.2, BEFORE_SECONDS))
-                backed = sum(one["backed_bytes"] for one in server.replicas())
-                victim = kill_one(server.pid)
-                gone_s = self._gone(server.pid, device, before)
-                loading.result()
+            for start in starts:
+                start.result()
+            with ThreadPoolExecutor() as executor:
+                kills = [executor.submit(self._kill_one_of, server, device, before) for server in servers]
+            return [kill.result() for kill in kills]
         finally:
-            server.stop()
+            for server in servers:
+                server.stop()
+
+    def _kill_one_of(self, server: Server, device: Callable[[], int] | None, before: int) -> float:
+        load = replace(self.workload(8, sessions=64, seed=server.pid), name="to be cut off")
+        with ThreadPoolExecutor(1) as executor:
+            loading = executor.submit(self.load, server, load)
+            time.sleep(random.uniform(0.2, BEFORE_SECONDS))
+            backed = sum(one["backed_bytes"] for one in server.replicas())
+            victim = kill_one(server.pid)
+            gone_s = self._gone(server.pid, device, before)
+            loading.result()
         left = f", {(device() - before) / GIB:+.3f} GiB" if device else ""
         print(f"  {victim} killed, {backed / GIB:.2f} GiB backed: gone after {gone_s:.1f} s{left}", flush=True)
         return gone_s
@@ -572,6 +582,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--idle-seconds", type=float, default=5.0, help="the servers' (%(default)s)")
     parser.add_argument("--kills", type=int, default=10, help="in killed (%(default)s)")
+    parser.add_argument("--at-once", type=int, default=1, help="servers side by side in killed (%(default)s)")
     parser.add_argument("--budget-seconds", type=float, default=3600.0, help="for all of it (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("bench-out/memory"), help="logs, looks, plots, a copy of the rows"

@@ -68,6 +68,9 @@ def test_servers_are_measured_in_turn_with_the_same_traffic(tmp_path: Path, caps
     assert order == [
         (name, seed, state) for seed, names in ((1, "ab"), (2, "ba")) for state in ("cold", "warm") for name in names
     ]
+    for run in runs(tmp_path):
+        sent_ms, ttft_ms = zip(*run["sent_ttft_ms"], strict=True)
+        assert min(sent_ms) == 0 and statistics.median(ttft_ms) == pytest.approx(run["figures"]["ttft_p50"], abs=0.1)
     asked = [sorted(str(body) for body in server.bodies) for server in servers.values()]
     assert asked[0] == asked[1]
     # Never at once: flushes are between rounds, and users are two.

@@ -122,9 +122,9 @@ class Killable(Remote):
         self.process.wait()
 
 
-@pytest.mark.parametrize("leaks", [0, 1 << 30])
+@pytest.mark.parametrize(("leaks", "at_once"), [(0, 1), (1 << 30, 1), (0, 2)])
 def test_whoever_is_killed_all_of_it_is_gone_or_the_run_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaks: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaks: int, at_once: int
 ) -> None:
     servers: list[Killable] = []
 
@@ -141,7 +141,8 @@ def test_whoever_is_killed_all_of_it_is_gone_or_the_run_fails(
     monkeypatch.setattr(memory, "GONE_SECONDS", 3.0)
     monkeypatch.setattr(memory, "BEFORE_SECONDS", 0.3)
     with in_thread(Limited()) as fake:
-        failed = memory.main(["--model=none", "--ask", "killed", "--kills=2", f"--out={tmp_path}", "--scale=0.01"])
+        kills = ["--ask", "killed", "--kills=2", f"--at-once={at_once}"]
+        failed = memory.main(["--model=none", *kills, f"--out={tmp_path}", "--scale=0.01"])
     assert failed == bool(leaks) and len(servers) == 2
     with (tmp_path / "memory.csv").open() as file:
         rows = {row["metric"]: float(row["p50"]) for row in csv.DictReader(file)}
