@@ -64,7 +64,7 @@ def _vtensor(inputs: Inputs, shape: Shape, **options: object) -> Call:
         k, v = inputs.views[layer]
         prefill_attention(
             inputs.q, k, v, out, inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
-            sm_scale=inputs.sm_scale, **options,
+            max_kv_len=max(shape.lengths), sm_scale=inputs.sm_scale, **options,
         )  # fmt: skip
         return out
 

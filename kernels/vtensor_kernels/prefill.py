@@ -331,6 +331,7 @@ def prefill_attention(
     v_scale: float = 1.0,
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    max_kv_len: int | None = None,
     loads: str = "auto",
     config: PrefillConfig | None = None,
     schedule: torch.Tensor | None = None,
@@ -357,6 +358,8 @@ def prefill_attention(
         k_scale, v_scale: factors that turn the stored (fp8) K and V into their values.
         sinks: [q_heads], one extra logit in each head's softmax denominator.
         lse: [num_tokens, q_heads] float32, receives the natural log of the denominator, sink included.
+        max_kv_len: an upper bound of ``kv_lens``, where the host knows one: short rows' keys are not split, which takes
+            a second launch. None: ``max_tokens``.
         loads: "tma", "pointer", or "auto" for whichever this device and layout allow.
         config: tile sizes, for measurements; the default is chosen by device and shape.
         schedule: of ``prefill_schedule``, for calls that differ in q, k, v and out only; saves a launch a layer.
@@ -388,7 +391,9 @@ def prefill_attention(
     splits, min_split = config.splits, 256  # as asked for, if not absurd
     if splits is None:
         min_split = MIN_SPLIT_TOKENS
-        splits = max(min(MAX_SPLITS, tile.processors(q.device) // (tiles * kv_heads)), 1)
+        longest = k.shape[1] if max_kv_len is None else max_kv_len
+        useful = min(MAX_SPLITS, triton.cdiv(longest, MIN_SPLIT_TOKENS))
+        splits = max(min(useful, tile.processors(q.device) // (tiles * kv_heads)), 1)
     target, target_lse = out, lse
     if splits > 1:
         target = torch.empty(splits, num_tokens, q_heads, v_head_dim, dtype=torch.float32, device=q.device)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
 
 from vtensor_kernels import tile
 from vtensor_kernels.decode import DecodeWorkspace, decode_attention
@@ -57,21 +56,18 @@ def _launches(
     k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, workspace: DecodeWorkspace, options: dict[str, Any]
 ) -> Iterator[Callable[[], None]]:
     """One call for each size of batch that is compiled for, and there: many and few queries, keys split and not."""
-    kv_heads = k.shape[2]
-    group = workspace.q_heads // kv_heads
+    group = workspace.q_heads // k.shape[2]
     least_many = FEW_PAIRS // group + 1
-    # Tokens that fill the device, in tiles of at most 128 pairs: then keys are not split.
-    enough = triton.cdiv(128 * tile.processors(k.device), workspace.q_heads)
-    prefill = functools.partial(_prefill, k, v, dtype, workspace.q_heads, options)
     decode_options = {name: value for name, value in options.items() if name != "causal"}
-    for least, most in tile.batch_blocks(workspace.max_batch):
+    for batch, _ in tile.batch_blocks(workspace.max_batch):
         if options.get("causal", True):
-            yield functools.partial(_decode, k, v, dtype, workspace, decode_options, least)
-        if group <= FEW_PAIRS:
-            yield functools.partial(prefill, least, 1, 1)
-            yield functools.partial(prefill, most, 1, 1)
-        yield functools.partial(prefill, least, least_many, least_many)
-        yield functools.partial(prefill, most, max(enough, least_many), max(enough, least_many))
+            yield functools.partial(_decode, k, v, dtype, workspace, decode_options, batch)
+        for max_kv_len in (None, 1):  # the first is split where so few requests ever are
+            prefill_options = {**options, "max_kv_len": max_kv_len}
+            prefill = functools.partial(_prefill, k, v, dtype, workspace.q_heads, prefill_options, batch)
+            if group <= FEW_PAIRS:
+                yield functools.partial(prefill, 1)
+            yield functools.partial(prefill, least_many)
 
 
 def _prefill(
@@ -82,12 +78,11 @@ def _prefill(
     options: dict[str, Any],
     batch: int,
     num_tokens: int,
-    max_q_len: int,
 ) -> None:
     q = torch.empty(num_tokens, q_heads, k.shape[3], dtype=dtype, device=k.device)
     out = q.new_empty(num_tokens, q_heads, v.shape[3])
     rows, kv_lens, qo_indptr = (torch.zeros(batch + n, dtype=torch.int32, device=k.device) for n in (0, 0, 1))
-    prefill_attention(q, k, v, out, rows, qo_indptr, kv_lens, max_q_len, **options)
+    prefill_attention(q, k, v, out, rows, qo_indptr, kv_lens, num_tokens, **options)
 
 
 def _decode(

@@ -254,6 +254,7 @@ class VTensorAttnBackend(AttentionBackend):
             attend = reference_attention
             if self._workspace is not None:
                 attend = prefill_attention
+                options["max_kv_len"] = max(metadata.host_kv_lens, default=0)
                 options["schedule"] = self._prefill_schedule(queries, keys, values, metadata, options["causal"])
             attend(
                 queries,

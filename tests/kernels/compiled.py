@@ -43,9 +43,9 @@ def news(draw: st.DrawFn) -> list[int]:
 @pytest.mark.parametrize("name", ["llama-8b", "llama-70b, 8 GPUs", "gemma-2-9b", "gpt-oss-20b", "falcon-7b"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(new=news(), padding=st.integers(0, 40))
+@given(new=news(), padding=st.integers(0, 40), longest=st.sampled_from([None, 1, 1024, 1025, 100_000]))
 def test_serving_needs_no_variant_that_warming_up_has_not_made(
-    capability: int, name: str, new: list[int], padding: int
+    capability: int, name: str, new: list[int], padding: int, longest: int | None
 ) -> None:
     model = MODELS[name]
     k, v = views(model)
@@ -58,7 +58,7 @@ def test_serving_needs_no_variant_that_warming_up_has_not_made(
         rows, kv_lens = on_meta(MAX_BATCH)[:batch], on_meta(MAX_BATCH)[:batch]
         prefill_attention(
             q, k, v, on_meta(*q.shape, dtype=model.dtype), rows, on_meta(batch + 1), kv_lens, max(new),
-            **model.all_options(),
+            max_kv_len=longest, **model.all_options(),
         )  # fmt: skip
         q = q[:batch] if batch <= tokens else on_meta(batch, model.q_heads, model.head_dim, dtype=model.dtype)
         workspace = DecodeWorkspace(MAX_BATCH, model.q_heads, model.head_dim, "meta")

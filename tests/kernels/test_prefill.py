@@ -117,6 +117,19 @@ def test_few_queries_on_a_long_prefix_are_split(
     assert combined, "the case is meant for the split path"
 
 
+def test_keys_of_rows_that_are_known_to_be_short_are_not_split(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "MIN_SPLIT_TOKENS", 64)
+    combined = []
+    monkeypatch.setattr(prefill, "_combine_kernel", _Recorder(prefill._combine_kernel, combined))
+    case = make_case(device, [3, 2], [64, 20], q_heads=2, kv_heads=1, dtype=torch.float32)
+    case.k, case.v = (torch.nn.functional.pad(part, (0, 0, 0, 0, 0, 100)) for part in (case.k, case.v))
+    for max_kv_len, launches in ((64, 0), (65, 1), (None, 2)):
+        check(case, max_kv_len=max_kv_len)
+        assert len(combined) == launches, max_kv_len
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"k_scale": 0.5, "v_scale": 2.0}], ids=str)
