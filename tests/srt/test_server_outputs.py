@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import Expected, Start, StockAnswers
 from server import PAGE_TOKENS, VTENSOR, SGLangServer, check_replay, generate_body
+
+from sgl_vtensor.core.trace import FLUSH_SECONDS
 
 pytestmark = pytest.mark.server
 
@@ -55,6 +58,7 @@ def running(
         reads = "torch on rows" if "--vtensor-kernel=torch" in flags else "auto on rows and homes"
         assert f"; kernel {reads}; " in server.start_line()
         yield server
+        time.sleep(2 * FLUSH_SECONDS)  # the server is killed: what it has not written yet is lost
     check_replay(path.with_name("trace.0"))
 
 
