@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -75,6 +76,13 @@ def test_a_pass_makes_one_schedule_for_layers_alike_and_anew_for_new_lengths(
             return kernel[grid]
 
     monkeypatch.setattr(module, "_schedule_kernel", Counted())
+    bounds = []
+
+    def prefill_attention(*arguments: Any, **options: Any) -> None:
+        bounds.append(options["max_kv_len"])
+        prefill.prefill_attention(*arguments, **options)
+
+    monkeypatch.setattr(backend, "prefill_attention", prefill_attention)
     windows = [-1, 7, -1, 7]
     model = Model(windows)
     made = object.__new__(backend.VTensorAttnBackend)
@@ -92,6 +100,8 @@ def test_a_pass_makes_one_schedule_for_layers_alike_and_anew_for_new_lengths(
         launched.clear()
         batch = types.SimpleNamespace(batch_size=2, seq_lens=torch.tensor(lengths))
         made.init_forward_metadata_in_graph(batch)
+        made.forward_metadata = dataclasses.replace(made.forward_metadata, host_kv_lens=tuple(lengths))
+        bounds.clear()
         for layer in model.layers:
             forward = made.forward_decode if decoding else made.forward_extend
             out = forward(q, None, None, layer, batch, save_kv_cache=False)
@@ -103,3 +113,4 @@ def test_a_pass_makes_one_schedule_for_layers_alike_and_anew_for_new_lengths(
             )  # fmt: skip
             torch.testing.assert_close(out.view(-1, 4, 16), expected, rtol=1e-5, atol=1e-5)
         assert len(launched) == (2 if decoding else 1), "decode has one a window"
+        assert bounds == ([] if decoding else [max(lengths)] * len(windows)), "rows are longer than is said"
