@@ -251,12 +251,12 @@ def block_batch(batch: int) -> int:
     return 16 if batch <= 16 else 128 if batch <= 128 else max(1024, triton.next_power_of_2(batch))
 
 
-def batch_blocks(max_batch: int) -> list[tuple[int, int]]:
-    """Least and most requests for each value of ``block_batch``, up to ``max_batch``."""
+def batch_blocks(max_batch: int) -> list[int]:
+    """The fewest requests for each value of ``block_batch``, up to ``max_batch``."""
     found = []
     least = 1
     while least <= max_batch:
-        found.append((least, min(block_batch(least), max_batch)))
+        found.append(least)
         least = block_batch(least) + 1
     return found
 

@@ -59,7 +59,7 @@ def _launches(
     group = workspace.q_heads // k.shape[2]
     least_many = FEW_PAIRS // group + 1
     decode_options = {name: value for name, value in options.items() if name != "causal"}
-    for batch, _ in tile.batch_blocks(workspace.max_batch):
+    for batch in tile.batch_blocks(workspace.max_batch):
         if options.get("causal", True):
             yield functools.partial(_decode, k, v, dtype, workspace, decode_options, batch)
         for max_kv_len in (None, 1):  # the first is split where so few requests ever are

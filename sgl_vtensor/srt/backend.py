@@ -6,6 +6,7 @@ the same memory need not agree (CUDA programming guide, virtual aliasing).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -54,6 +55,11 @@ class Metadata:
     reads_homes: bool = False  # stock FlashAttention-3, paged, serves this pass
     schedules: dict[object, Any] = field(default_factory=dict)
     """Of our kernels: made by the first layer of a kind, for all layers like it. A captured graph makes its own."""
+
+    @functools.cached_property
+    def max_kv_len(self) -> int:
+        """Of ``host_kv_lens``, looked for once for all layers."""
+        return max(self.host_kv_lens, default=0)
 
 
 class VTensorAttnBackend(AttentionBackend):
@@ -254,7 +260,7 @@ class VTensorAttnBackend(AttentionBackend):
             attend = reference_attention
             if self._workspace is not None:
                 attend = prefill_attention
-                options["max_kv_len"] = max(metadata.host_kv_lens, default=0)
+                options["max_kv_len"] = metadata.max_kv_len
                 options["schedule"] = self._prefill_schedule(queries, keys, values, metadata, options["causal"])
             attend(
                 queries,

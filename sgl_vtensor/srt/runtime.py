@@ -196,9 +196,9 @@ class Runtime:
 
     def _pages_soon(self, batch: Any) -> int:
         """Pages that this batch's requests begin within the next steps."""
-        page_tokens = self.pool.layout.page_tokens
-        left_tokens = -batch.seq_lens_cpu.numpy() % page_tokens  # what each has room for in its last page
-        return int(np.count_nonzero(left_tokens < min(STEPS_AHEAD, page_tokens)))
+        # What each has room for in its last page.
+        left_tokens = -batch.seq_lens_cpu.numpy() % self.pool.layout.page_tokens
+        return int(np.count_nonzero(left_tokens < STEPS_AHEAD))
 
     def _map_ahead(self, batch: Any) -> None:
         """Map the row of a prefill that goes on, and all rows while few requests run: the CPU has the time then."""
