@@ -36,7 +36,7 @@ from costs import Look, costs
 from load import Run, by_turn, play, summarize, unit
 from plots import line_plot
 from results import Results
-from servers import Remote, Server, check_names, leave_on_sigterm
+from servers import Remote, Server, check_names, leave_on_sigterm, run_async
 from workloads import Session, Workload
 
 from sgl_vtensor.cli.server import free_port
@@ -238,7 +238,7 @@ class Comparison:
             return await asyncio.wait_for(play(server.url, workload, between=between), self.left_s)
 
         try:
-            return asyncio.run(timed())
+            return run_async(timed())
         except TimeoutError:
             raise OutOfTime(f"it is spent during {workload.name} on {server.name}") from None
 

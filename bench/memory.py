@@ -46,7 +46,7 @@ import workloads
 from load import Run, Sample, percentiles, play, summarize, unit
 from plots import line_plot
 from results import Results
-from servers import Remote, Server, leave_on_sigterm
+from servers import Remote, Server, leave_on_sigterm, run_async
 
 from sgl_vtensor.cli.main import main as sgl_vtensor
 from sgl_vtensor.cli.server import free_port, group_members
@@ -473,7 +473,7 @@ class Questions:
         async def timed() -> Run:
             return await asyncio.wait_for(play(server.url, workload, progress=False), max(1.0, self.left_s))
 
-        return asyncio.run(timed())
+        return run_async(timed())
 
     @contextmanager
     def loaded(self, server: Remote, make: Callable[[int], workloads.Workload]) -> Iterator[Future[Run]]:

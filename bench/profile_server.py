@@ -13,7 +13,6 @@ Needs py-spy (pip install py-spy), or its path in PY_SPY.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import re
 import shutil
@@ -30,7 +29,7 @@ import workloads
 from compare import case_of
 from load import play, summarize, unit
 from results import Results
-from servers import Server, check_names, leave_on_sigterm
+from servers import Server, check_names, leave_on_sigterm, run_async
 
 from sgl_vtensor.cli.server import free_port
 from sgl_vtensor.errors import VTensorError
@@ -78,7 +77,7 @@ def profile(name: str, options: argparse.Namespace, results: Results) -> Counter
     try:
         server.wait(options.start_seconds)
         workload = workloads.build(options.workload, options.seed, scale=options.scale)
-        asyncio.run(play(server.url, workload, progress=False))
+        run_async(play(server.url, workload, progress=False))
         stacks = options.out / f"{name}.stacks"
         sampler = record(server, stacks, options.start_seconds)
         requests = 0
@@ -86,7 +85,7 @@ def profile(name: str, options: argparse.Namespace, results: Results) -> Counter
         try:
             time.sleep(SETTLE_SECONDS)
             for number in range(options.rounds):
-                run = asyncio.run(play(server.url, workload, progress=False))
+                run = run_async(play(server.url, workload, progress=False))
                 requests += len(run.samples)
                 figures = summarize(run)
                 rounds.append(figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
@@ -11,11 +12,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from sgl_vtensor.cli.server import Server as Process
+
+Result = TypeVar("Result")
 
 CONFIGS: dict[str, list[str]] = {
     "stock-default": [],
@@ -70,9 +73,38 @@ def leave_on_sigterm() -> None:
     sys.unraisablehook = again
 
 
-def _leave(number: int, _frame: Any) -> None:
+def _leave(number: int, _frame: Any) -> NoReturn:
     print(f"Told to end (signal {number}).", flush=True)
     raise SystemExit(128 + number)
+
+
+def run_async(main: Coroutine[Any, Any, Result]) -> Result:
+    """``asyncio.run``; after :func:`leave_on_sigterm`, SIGTERM cancels ``main`` and then ends the program.
+
+    An exception raised in the middle of any callback of the loop can be lost there, with a task that then never ends.
+    """
+    if signal.getsignal(signal.SIGTERM) is not _leave or threading.current_thread() is not threading.main_thread():
+        return asyncio.run(main)
+    told = False
+
+    async def cancellable() -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def tell() -> None:
+            nonlocal told
+            told = True
+            task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, tell)
+        return await main
+
+    try:
+        return asyncio.run(cancellable())
+    finally:
+        signal.signal(signal.SIGTERM, _leave)  # the loop has taken its own away, and with it ours
+        if told:
+            _leave(signal.SIGTERM, None)
 
 
 class Remote:

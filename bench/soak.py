@@ -32,7 +32,8 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from load import Native, Sample, ask
 from memory import GIB, Watch, device_bytes
 from plots import line_plot
 from results import Results
-from servers import Remote, Server, check_names, leave_on_sigterm
+from servers import Remote, Server, check_names, leave_on_sigterm, run_async
 from workloads import VOCABULARY, Session, Turn
 
 from sgl_vtensor.cli.server import free_port
@@ -290,6 +291,7 @@ class Load:
             try:
                 done, late = await asyncio.wait(tasks, timeout=seconds + DRAIN_SECONDS)
             finally:
+                self._end = min(self._end, time.monotonic())  # a cancellation may be lost just as an answer comes
                 for task in [*tasks, *([mover] if mover else [])]:
                     task.cancel()
             self.done["unfinished"] += len(late)
@@ -304,44 +306,55 @@ class Load:
     async def _user(self, client: aiohttp.ClientSession, number: int) -> None:
         dice = random.Random(f"fates {self.traffic.seed} {number}")
         for sort, session in self.traffic.sessions(number):
-            await self._go.wait()
             if self._over():
                 return
-            self._active += 1
-            try:
-                await self._play(client, session, sort, dice)
-            finally:
-                self._active -= 1
+            await self._play(client, session, sort, dice)
+
+    @asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
+        """Waits while a flush holds the users back; within it, flushes wait."""
+        await self._go.wait()
+        self._active += 1
+        try:
+            yield
+        finally:
+            self._active -= 1
 
     async def _play(self, client: aiohttp.ClientSession, session: Session, sort: str, dice: random.Random) -> None:
         talk = Named(session, "", "server")
         fate = dice.choices(list(FATES), list(FATES.values()))[0]
         last = dice.randrange(len(session.turns)) if fate != "stays" else len(session.turns)
         for number, turn in enumerate(session.turns):
-            sample = Asked(at_s=self.now_s, sort=sort, turn=number, fate=fate if number == last else "stays")
-            self.samples.append(sample)
-            asked = ask(client, self.server.url, talk, turn, sample, time.perf_counter())
-            delay_s = dice.random() * self._latency_s
-            if sample.fate == "goes away":
-                try:
-                    await asyncio.wait_for(asked, delay_s)
-                except TimeoutError:
-                    sample.error = "went away"
-            elif sample.fate == "aborts":
-                talk.rid = f"soak-{time.monotonic_ns()}"
-                aborting = asyncio.create_task(self._abort(client, talk.rid, delay_s))
-                try:
-                    await asked
-                finally:
-                    await aborting
-            else:
-                await asked
-                if not sample.error:
-                    self._latency_s += 0.1 * (sample.latency_s - self._latency_s)
+            async with self._asking():
+                if self._over():
+                    return
+                sample = Asked(at_s=self.now_s, sort=sort, turn=number, fate=fate if number == last else "stays")
+                self.samples.append(sample)
+                await self._ask_turn(client, talk, turn, sample, dice.random() * self._latency_s)
             if sample.error or number == last:
                 return
-            if self._over():
-                return
+
+    async def _ask_turn(
+        self, client: aiohttp.ClientSession, talk: Named, turn: Turn, sample: Asked, delay_s: float
+    ) -> None:
+        """As the sample's fate wants it; who leaves does so after ``delay_s``."""
+        asked = ask(client, self.server.url, talk, turn, sample, time.perf_counter())
+        if sample.fate == "goes away":
+            try:
+                await asyncio.wait_for(asked, delay_s)
+            except TimeoutError:
+                sample.error = "went away"
+        elif sample.fate == "aborts":
+            talk.rid = f"soak-{time.monotonic_ns()}"
+            aborting = asyncio.create_task(self._abort(client, talk.rid, delay_s))
+            try:
+                await asked
+            finally:
+                await aborting
+        else:
+            await asked
+            if not sample.error:
+                self._latency_s += 0.1 * (sample.latency_s - self._latency_s)
 
     async def _abort(self, client: aiohttp.ClientSession, rid: str, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
@@ -349,12 +362,8 @@ class Load:
 
     async def _ask_on(self, client: aiohttp.ClientSession, canary: Canary) -> None:
         while not self._over():
-            await self._go.wait()
-            self._active += 1
-            try:
+            async with self._asking():
                 await self._compare(client, canary, "under load")
-            finally:
-                self._active -= 1
             await asyncio.sleep(CANARY_PAUSE_SECONDS)
 
     async def _move(self, client: aiohttp.ClientSession) -> None:
@@ -374,10 +383,10 @@ class Load:
         await self._post(client, "/set_internal_state", body, "limit moves")
 
     async def _flush(self, client: aiohttp.ClientSession) -> None:
-        """Hold the users back until nobody asks, as far as they get there in time."""
+        """Hold the users back until all have their answers, or, for as long, have not."""
         self._go.clear()
         try:
-            deadline = min(time.monotonic() + QUIET_SECONDS, self._end)
+            deadline = time.monotonic() + QUIET_SECONDS
             while self._active and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
             if self._active:
@@ -479,10 +488,10 @@ class Soak:
         self.report[server.name] = found
         print(f"  {users} users of {traffic.mean_tokens():.0f} tokens each on a pool of {pool_tokens}", flush=True)
         try:
-            asyncio.run(asyncio.wait_for(load.learn(), max(1.0, self.left_s)))
+            run_async(asyncio.wait_for(load.learn(), max(1.0, self.left_s)))
         except TimeoutError:
             raise OutOfTime(f"it is spent before {server.name} has answered the fixed prompts") from None
-        asyncio.run(warm_up.run(min(15.0, seconds / 8), moves=False))
+        run_async(warm_up.run(min(15.0, seconds / 8), moves=False))
         before = self._settled(server, capacity)
         seconds = min(seconds, self.left_s - END_SECONDS)
         if seconds < LEAST_LOAD_SECONDS:
@@ -491,7 +500,7 @@ class Soak:
         watch = Watch([server], every_s=WATCH_SECONDS)
         watch.start()
         try:
-            asyncio.run(load.run(seconds))
+            run_async(load.run(seconds))
         finally:
             watch.stop()
             found |= {"seconds": min(load.now_s, load.seconds), "retracted": _retracted(server) - retracted}
