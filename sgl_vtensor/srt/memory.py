@@ -11,8 +11,6 @@ import logging
 import time
 from typing import Any
 
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
 from sgl_vtensor.config import Size, VTensorConfig, format_bytes
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory
@@ -312,12 +310,8 @@ class MemoryPolicy:
         return True
 
     def _evict(self, tree_cache: Any, num_pages: int) -> int:
-        """Evict at least so many pages' worth of leaves, as SGLang's eviction policy ranks them."""
-        if num_pages <= 0:
-            return 0
-        page_tokens = self.pool.layout.page_tokens
-        evicted: int = tree_cache.evict(EvictParams(num_tokens=num_pages * page_tokens)).num_tokens_evicted
-        return evicted // page_tokens
+        """Evict at least so many pages by their age."""
+        return int(tree_cache.evict_oldest(num_pages)) if num_pages > 0 else 0
 
     def _release(self, keep_pages: int, at_most: int) -> int:
         """Give back free pages' memory. That is no duty: a driver that refuses is left alone for a while."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 from typing import Any
@@ -24,6 +24,9 @@ from sgl_vtensor.srt.flags import NAME
 NO_TOKEN = -1
 """Stands behind the last token of a page that is not full. ``check_prompt`` lets no prompt have it, so a match ends
 there: what lies behind are another request's bytes."""
+
+
+Line = list[tuple[float, int, TreeNode]]
 
 
 class PageRun:
@@ -54,6 +57,9 @@ class PageRun:
 class VTensorRadixCache(RadixCache):
     """Which prefixes are kept, and for how long, is SGLang's to decide; who owns which page is ours to record.
 
+    A page that is not full, the last of a request, is one leaf. It costs as much as a full one and saves less to
+    compute, so it goes before any of those; and at once when the tree has a page that begins with the same tokens.
+
     A page belongs to exactly one of: the free pages, one node, or one request (behind ``cache_protected_len``).
 
     A hit is counted in tokens, although pages are shared whole: where a request goes on like the beginning of a cached
@@ -66,8 +72,9 @@ class VTensorRadixCache(RadixCache):
     def reset(self) -> None:
         # Leaves by the time of their last use, as it was when they came in: times only grow, so that the first is not
         # older than it says, and nobody needs to look at all of them. The count decides between equal times alike on
-        # all ranks.
-        self._by_age: list[tuple[float, int, TreeNode]] = []
+        # all ranks. Leaves that are one page, not full, stand in a line of their own.
+        self._tails: Line = []
+        self._by_age: Line = []
         self._aging: set[TreeNode] = set()
         self._arrivals = count()
         super().reset()
@@ -88,9 +95,7 @@ class VTensorRadixCache(RadixCache):
         page, shared = self._closest_page(node, key, rest)
         if not shared:
             return result
-        child = node.children[
-            RadixKey(array("q", page), key.extra_key, cache_salt=key.cache_salt).child_key(self.page_size)
-        ]
+        child = self._child(node, key, page)
         if len(child.key) > self.page_size:
             child = self._split_node(child.key, child, self.page_size)
         child.last_access_time = time.monotonic()
@@ -109,10 +114,16 @@ class VTensorRadixCache(RadixCache):
         at = bisect_left(pages, rest)
         best: tuple[tuple[int, ...], int] = ((), 0)
         for page in pages[max(at - 1, 0) : at + 1]:
-            shared = next((i for i, (a, b) in enumerate(zip(page, rest, strict=False)) if a != b), len(rest))
+            shared = _num_shared(page, rest)
             if shared > best[1]:
                 best = (page, shared)
         return best
+
+    def _child(self, node: TreeNode, key: RadixKey, page: tuple[int, ...]) -> TreeNode:
+        """The child that begins with a page, in the key's namespace."""
+        key = RadixKey(array("q", page), key.extra_key, cache_salt=key.cache_salt)
+        child: TreeNode = node.children[key.child_key(self.page_size)]
+        return child
 
     def _first_page(self, node: TreeNode) -> tuple[int, ...]:
         return tuple(node.key.token_ids[: self.page_size])
@@ -132,8 +143,33 @@ class VTensorRadixCache(RadixCache):
             siblings, page = self._siblings(node), self._first_page(node)
             at = bisect_left(siblings, page)
             if at == len(siblings) or siblings[at] != page:
-                insort(siblings, page)
+                siblings.insert(at, page)
+                self._drop_beginnings(node, page, siblings)
         return matched, node
+
+    def _is_covered(self, node: TreeNode, tail: RadixKey) -> bool:
+        """Whether a child of ``node`` begins with the tokens of a page that is not full, and goes on."""
+        page = tuple(tail.token_ids)
+        siblings = self._first_pages.get((node.id, tail.extra_key, tail.cache_salt), [])
+        at = bisect_right(siblings, page)
+        return at < len(siblings) and _num_shared(siblings[at], page) == page.index(NO_TOKEN)
+
+    def _drop_beginnings(self, node: TreeNode, page: tuple[int, ...], siblings: list[tuple[int, ...]]) -> None:
+        """Take pages out of the tree that are not full and whose tokens are the beginning of a new node's ``page``.
+
+        The last page of a chat's turn, once its next turn is there: whoever wants these tokens copies them from here.
+        """
+        at = bisect_left(siblings, page) - 1
+        while at >= 0 and (shared := _num_shared(siblings[at], page)):
+            # No other sibling has more in common with the page: the next candidate ends there, or before.
+            beginning = page[:shared] + (NO_TOKEN,) * (len(page) - shared)
+            if siblings[at] != beginning:
+                at = bisect_right(siblings, beginning) - 1
+                continue
+            child = self._child(node.parent, node.key, beginning)
+            if child.lock_ref == 0:
+                self._evict_leaf(child)
+            at -= 1
 
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
         upper = super()._split_node(key, child, split_len)
@@ -163,30 +199,41 @@ class VTensorRadixCache(RadixCache):
 
     def _push(self, leaf: TreeNode) -> None:
         self._aging.add(leaf)
-        heappush(self._by_age, (leaf.last_access_time, next(self._arrivals), leaf))
+        line = self._tails if leaf.key.token_ids[-1] == NO_TOKEN else self._by_age
+        heappush(line, (leaf.last_access_time, next(self._arrivals), leaf))
 
-    def _pop_oldest(self, used_before: float = float("inf")) -> TreeNode | None:
-        """Take out the evictable leaf that nobody asked for the longest, if its last use was before that time."""
-        while self._by_age and self._by_age[0][0] < used_before:
-            noted, _, leaf = self._by_age[0]
-            if leaf in self.evictable_leaves and leaf.last_access_time > noted:
-                heapreplace(self._by_age, (leaf.last_access_time, next(self._arrivals), leaf))
-                continue
-            heappop(self._by_age)
-            self._aging.remove(leaf)
-            if leaf in self.evictable_leaves:
+    def _oldest(self, line: Line) -> TreeNode | None:
+        """The evictable leaf that nobody asked for the longest; it is then the first in its line."""
+        while line:
+            noted, _, leaf = line[0]
+            if leaf not in self.evictable_leaves:
+                self._pop(line)
+            elif leaf.last_access_time > noted:
+                heapreplace(line, (leaf.last_access_time, next(self._arrivals), leaf))
+            else:
                 return leaf
         return None
 
+    def _pop(self, line: Line) -> TreeNode:
+        leaf = heappop(line)[2]
+        self._aging.remove(leaf)
+        return leaf
+
+    def _evict_leaf(self, leaf: TreeNode) -> int:
+        """Its tokens, empty ones of its last page included."""
+        self.token_to_kv_pool_allocator.free_segment(leaf.value, start_pos=0)
+        self._delete_leaf(leaf)
+        self.kv_events.record_remove(leaf)
+        return len(leaf.value)
+
     def evict(self, params: EvictParams) -> EvictResult:
+        """The least recently used leaves, of which those go first that hold few tokens in a whole page."""
         if self.disable or not self._is_lru:
             return super().evict(params)
         start, evicted = time.perf_counter(), 0
-        while evicted < params.num_tokens and (leaf := self._pop_oldest()) is not None:
-            self.token_to_kv_pool_allocator.free_segment(leaf.value, start_pos=0)
-            evicted += len(leaf.value)
-            self._delete_leaf(leaf)
-            self.kv_events.record_remove(leaf)
+        for line in (self._tails, self._by_age):
+            while evicted < params.num_tokens and self._oldest(line):
+                evicted += self._evict_leaf(self._pop(line))
         self.update_eviction_metrics(evicted, start)
         return EvictResult(num_tokens_evicted=evicted)
 
@@ -197,12 +244,28 @@ class VTensorRadixCache(RadixCache):
             old = (leaf for leaf in self.evictable_leaves if leaf.last_access_time < used_before)
             return min(sum(len(leaf.value.pages) for leaf in old), at_most)
         found, num_pages = [], 0
-        while num_pages < at_most and (leaf := self._pop_oldest(used_before)) is not None:
-            found.append(leaf)
-            num_pages += len(leaf.value.pages)
+        for line in (self._tails, self._by_age):
+            while num_pages < at_most and (leaf := self._oldest(line)) and leaf.last_access_time < used_before:
+                found.append(self._pop(line))
+                num_pages += len(leaf.value.pages)
         for leaf in found:
             self._push(leaf)
         return min(num_pages, at_most)
+
+    def evict_oldest(self, num_pages: int) -> int:
+        """Let so many pages go by their age alone, as :meth:`old_pages` has counted them; return how many went."""
+        num_tokens = num_pages * self.page_size
+        if self.disable or not self._is_lru:
+            done: int = super().evict(EvictParams(num_tokens=num_tokens)).num_tokens_evicted
+            return done // self.page_size
+        start, evicted = time.perf_counter(), 0
+        while evicted < num_tokens:
+            lines = [line for line in (self._tails, self._by_age) if self._oldest(line)]
+            if not lines:
+                break
+            evicted += self._evict_leaf(self._pop(min(lines, key=lambda line: line[0])))
+        self.update_eviction_metrics(evicted, start)
+        return evicted // self.page_size
 
     @property
     def pool(self) -> Any:
@@ -269,22 +332,29 @@ class VTensorRadixCache(RadixCache):
         if self.disable:
             return
         slot, page_size = req.kv.req_pool_idx, self.page_size
-        fill_ids, padding = req.full_untruncated_fill_ids, 0
+        fill_ids = req.full_untruncated_fill_ids
         num_tokens = min(up_to, len(fill_ids))
-        if req.finished() and not self.kv_events.enabled:
-            # Nobody writes these tokens' page any more: the next turn of a chat copies from it. Whole pages only, so
-            # SGLang's accounting needs to know nothing of it; KV events would tell others of tokens that are none.
-            padding = -num_tokens % page_size
-        key_len = (num_tokens + padding) // page_size * page_size
+        key_len = num_tokens // page_size * page_size
         priority = req.priority or 0
         above, start = self._resume(req)
+        # Before what follows, which may take the page that the request has copied from out of the tree.
+        self.unlock(req.lock)
         self._touch(above, priority)
         self._count_hits(above, start, req.kv.cache_inserted_len)
         node, pages = above, self.pool.pages_of(slot, start // page_size, key_len // page_size)
         if pages:
-            key = self._key_of(req, fill_ids[start:num_tokens] + array("q", [NO_TOKEN] * padding))
-            inserted_len = req.kv.cache_inserted_len - start
+            key, inserted_len = self._key_of(req, fill_ids[start:key_len]), req.kv.cache_inserted_len - start
             _, node = self._insert_helper(above, key, PageRun(pages, page_size), priority, inserted_len)
+        if num_tokens > key_len and req.finished() and not self.kv_events.enabled:
+            # Nobody writes these tokens' page any more: the next turn of a chat copies from it. Whole pages only, so
+            # SGLang's accounting needs to know nothing of it; KV events would tell others of tokens that are none.
+            padding = array("q", [NO_TOKEN] * (page_size - (num_tokens - key_len)))
+            key = self._key_of(req, fill_ids[key_len:num_tokens] + padding)
+            if not self._is_covered(node, key):
+                pages += (tail := self.pool.pages_of(slot, key_len // page_size, key_len // page_size + 1))
+                inserted_len = req.kv.cache_inserted_len - key_len
+                _, node = self._insert_helper(node, key, PageRun(tail, page_size), priority, inserted_len)
+                key_len += page_size
         req.kv.cache_inserted_len = max(req.kv.cache_inserted_len, key_len)
         self._split_at_prompt(node, key_len, len(req.origin_input_ids) // page_size * page_size, priority)
 
@@ -299,7 +369,6 @@ class VTensorRadixCache(RadixCache):
             slots = self._slots(self.pool.pages_of(slot, changed[0], changed[-1] + 1)).astype(np.int32)
             self.req_to_token_pool.write((slot, slice(first, last)), to_device(slots, self.device))
         req.kv.cache_protected_len = key_len
-        self.unlock(req.lock)
         req.lock = self.lock(node)
         req.last_node = node
 
@@ -374,6 +443,11 @@ class VTensorRadixCache(RadixCache):
         """Token slots of whole pages, on the host."""
         firsts = np.asarray(pages, dtype=np.int64)[:, None] * self.page_size
         return (firsts + np.arange(self.page_size)).ravel()
+
+
+def _num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many tokens are the same at the beginning of both."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def build_tree(context: TreeCacheBuildContext) -> VTensorRadixCache:

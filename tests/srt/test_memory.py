@@ -68,6 +68,9 @@ class Tree:
         self.pool.free([leaf.value.pages[0] for leaf in gone])
         return SimpleNamespace(num_tokens_evicted=count * PAGE_TOKENS)
 
+    def evict_oldest(self, num_pages: int) -> int:
+        return int(self.evict(EvictParams(num_tokens=num_pages * PAGE_TOKENS)).num_tokens_evicted) // PAGE_TOKENS
+
 
 class World:
     """A pool, its policy, and a tree that holds what has ended."""

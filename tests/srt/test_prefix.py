@@ -395,7 +395,9 @@ def test_a_request_that_copies_from_a_page_goes_on_at_the_border_before_it(serve
 @pytest.mark.parametrize("hit", [0, 4, 6, 8, 11, 12, 15])
 @pytest.mark.parametrize("prompt_len", [1, 3, 4, 5, 8, 10, 12, 16])
 def test_an_answer_can_go_and_its_prompt_stay(served: Served, prompt_len: int, hit: int) -> None:
-    """Cut at the last border of a page inside the prompt, wherever the request was when it came, and nowhere else."""
+    """Cut at the last border of a page inside the prompt, wherever the request was when it came, and before the last
+    page if it is not full, and nowhere else.
+    """
     prompt = list(range(prompt_len))
     hit = hit if hit < prompt_len else 0
     if hit:
@@ -407,15 +409,102 @@ def test_an_answer_can_go_and_its_prompt_stay(served: Served, prompt_len: int, h
     request.tokens += [50 + number for number in range(9)]
     served.compute(request, 9)
     served.end(request)
-    whole = node = request.last_node
-    ends: set[int] = set()
+    node = request.last_node
+    priorities: dict[int, int] = {}
     while node is not served.cache.root_node:
-        ends.add(len(tokens_to(node, served.cache)))
+        priorities[len(tokens_to(node, served.cache))] = node.priority
         node = node.parent
-    border, shared = (length // PAGE_TOKENS * PAGE_TOKENS for length in (prompt_len, hit))
-    assert ends == {shared, border, len(tokens_to(whole, served.cache))} - {0}
+    total = prompt_len + 9
+    border, shared, full = (length // PAGE_TOKENS * PAGE_TOKENS for length in (prompt_len, hit, total))
+    assert priorities.keys() == {shared, border, full, -(-total // PAGE_TOKENS) * PAGE_TOKENS} - {0}
+    answer = [priority for end, priority in priorities.items() if end > border]
     if border:
-        assert whole.parent.priority > whole.priority, "where priorities decide, the answer goes first"
+        assert priorities[border] > max(answer), "where priorities decide, the answer goes first"
+
+
+def ended(served: Served, tokens: list[int]) -> None:
+    """A request that is all prompt comes and ends."""
+    served.start(tokens)
+    served.end(served.running[-1])
+
+
+def kept(served: Served) -> list[list[int]]:
+    """What the tree holds, from its root to each leaf."""
+    leaves = (node for node in served.nodes() if not node.children and node is not served.cache.root_node)
+    return sorted([token for token in tokens_to(leaf, served.cache) if token != NO_TOKEN] for leaf in leaves)
+
+
+def test_a_page_that_is_not_full_goes_when_one_that_goes_on_from_it_comes(served: Served) -> None:
+    ended(served, [1, 2, 3, 4, 5])
+    ended(served, [1, 2, 3, 4, 6])
+    ended(served, [1, 2, 3, 4, 5, 5])
+    assert kept(served) == [[1, 2, 3, 4, 5, 5], [1, 2, 3, 4, 6]]
+    ended(served, [1, 2, 3, 4, 5, 5, 7, 8, 9])
+    ended(served, [1, 2, 3, 4, 5, 7, 7])
+    assert kept(served) == [[1, 2, 3, 4, 5, 5, 7, 8, 9], [1, 2, 3, 4, 5, 7, 7], [1, 2, 3, 4, 6]]
+    served.check()
+
+
+def test_a_page_that_is_not_full_is_not_kept_beside_one_that_goes_on_from_it(served: Served) -> None:
+    """Its tokens are a hit all the same, and count as used."""
+    ended(served, list(range(8)))
+    middle = time.monotonic()
+    ended(served, list(range(7)))
+    assert kept(served) == [list(range(8))] and served.cache.old_pages(middle, 10) == 0
+    ended(served, [9])  # another first token
+    served.start([*range(7), 9])
+    assert served.hits[-1] == 7
+
+
+def test_a_page_that_others_copy_from_waits_for_them(served: Served) -> None:
+    ended(served, [1, 2])
+    served.start([1, 2, 3])
+    served.start([1, 2, 4, 4, 4])
+    first, second = served.running
+    served.end(second)
+    served.check()
+    assert [1, 2] in kept(served), "the first request locks it"
+    served.end(first)
+    assert kept(served) == [[1, 2, 3], [1, 2, 4, 4, 4]]
+
+
+def test_pages_that_have_waited_go_together(served: Served) -> None:
+    ended(served, [1])
+    served.start([1, 5])
+    ended(served, [1, 2])
+    served.end(served.running[0], keep=False)
+    assert kept(served) == [[1], [1, 2]]
+    ended(served, [1, 2, 3])
+    assert kept(served) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_page_is_the_beginning_of_another(seed: int, served: Served) -> None:
+    dice = random.Random(seed)
+    told: list[list[int]] = [[]]
+    for _ in range(150):
+        beginning = dice.choice(told)
+        tokens = beginning[: dice.randrange(len(beginning) + 1)] + [dice.randrange(2) for _ in range(dice.randrange(9))]
+        tokens = (tokens or [0])[:30]
+        told.append(tokens)
+        ended(served, tokens)
+        held = kept(served)
+        assert not [(one, more) for one in held for more in held if one != more and more[: len(one)] == one]
+        served.check()
+
+
+def test_a_page_that_is_not_full_goes_first_and_by_its_age_as_any_other(served: Served) -> None:
+    ended(served, [1] * 8)
+    ended(served, [2] * 4)
+    middle = time.monotonic()
+    ended(served, [3] * 5)
+    ended(served, [4] * 6)
+    assert served.cache.old_pages(middle, 10) == 3
+    served.cache.evict(EvictParams(num_tokens=1))
+    assert kept(served) == [[1] * 8, [2] * 4, [3] * 4, [4] * 6]
+    assert served.cache.evict_oldest(2) == 2
+    assert kept(served) == [[2] * 4, [3] * 4, [4] * 6]
+    assert served.cache.evict_oldest(3) == 3 and kept(served) == [[4] * 4]
 
 
 def test_a_hit_inside_the_first_page_counts_as_a_use(served: Served) -> None:
