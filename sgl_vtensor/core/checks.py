@@ -116,8 +116,8 @@ def _check_requests(pool: VTensorPool) -> None:
             _require(is_known, "row", row, "shows page", duplicate, "at", position, "in place of", wanted[position])
     open_slots = np.flatnonzero(pool.row_of_slot).tolist()
     having = Counter(page for slot in open_slots for page in pool.wanted[slot, : pool.num_wanted[slot]].tolist())
-    counted = len(open_slots), having.total(), len(having), sum(count > 1 for count in having.values())
-    kept = pool.num_open, pool.pages_seen, pool.pages_running, pool.pages_shared
-    _require(kept == counted, "open, seen, running, shared:", kept, "by the figures that are kept, and", counted)
+    _require(pool.num_open == len(open_slots), pool.num_open, "requests are said to be open, not", len(open_slots))
+    kept = {page: int(pool.requests_of_pages[page]) for page in np.flatnonzero(pool.requests_of_pages).tolist()}
+    _require(kept == having, "requests are counted that have pages:", kept, "not", dict(having))
     fenced = sorted(page for duplicates in rows._duplicates.values() for page in duplicates.values())
     _require(fenced == sorted(pages.fenced), "read as duplicates", fenced, "and fenced", sorted(pages.fenced))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,9 +92,8 @@ class VTensorPool:
         self.row_of_slot = np.full(num_slots + 1, PADDING_ROW, dtype=np.int32)
         self.num_open = 0
         """Requests that are running."""
-        self._num_having = np.zeros(pages.num_pages + 1, dtype=np.int32)  # how many running requests have each page
-        self.pages_running = self.pages_shared = self.pages_seen = 0
-        """As in ``PoolStats``."""
+        self.requests_of_pages: npt.NDArray[np.int32] = np.zeros(pages.num_pages + 1, dtype=np.int32)
+        """[num_pages + 1]: how many running requests have each page. A request has none twice."""
 
     # The life of a request.
 
@@ -111,7 +109,7 @@ class VTensorPool:
         self.row_of_slot[slot] = row
         self.rows.claimed[row] = len(prefix)
         self.num_open += 1
-        self._count(prefix, 1)
+        self.requests_of_pages[prefix] += 1
         return row
 
     def is_open(self, slot: int) -> bool:
@@ -149,7 +147,7 @@ class VTensorPool:
                 rest.append((slot, position))
         for (slot, position), page in zip(rest, self.pages.take_many(len(rest)), strict=True):
             self.wanted[slot, position] = page
-        self._count(self.wanted[tuple(zip(*needs, strict=True))], 1)
+        self.requests_of_pages[self.wanted[tuple(zip(*needs, strict=True))]] += 1
         for slot, position in needs:
             self.num_wanted[slot] = position + 1
             self.rows.claimed[self.row_of_slot[slot]] = position + 1
@@ -225,8 +223,8 @@ class VTensorPool:
             else:
                 self.free([duplicate])
         if changed:
-            self._count(np.array(duplicates), -1)
-            self._count(self.wanted[slot, changed], 1)
+            self.requests_of_pages[duplicates] -= 1
+            self.requests_of_pages[self.wanted[slot, changed]] += 1
         return changed
 
     def pages_of(self, slot: int, start: int, stop: int) -> list[int]:
@@ -246,7 +244,7 @@ class VTensorPool:
         if row == PADDING_ROW:
             return
         self.num_open -= 1
-        self._count(self.wanted[slot, : self.num_wanted[slot]], -1)
+        self.requests_of_pages[self.wanted[slot, : self.num_wanted[slot]]] -= 1
         self.row_of_slot[slot] = PADDING_ROW
         self.num_wanted[slot] = 0
         self.num_synced[slot] = 0
@@ -358,29 +356,16 @@ class VTensorPool:
 
     # Figures.
 
-    def _count(self, pages: npt.NDArray[np.integer[Any]], step: int) -> None:
-        """One more request has each of these pages (``step`` 1), or one fewer (-1): kept as it changes."""
-        fewer = self._num_having[pages] - (step < 0)
-        self._num_having[pages] += step
-        self.pages_seen += step * len(pages)
-        self.pages_running += step * int(np.count_nonzero(fewer == 0))
-        self.pages_shared += step * int(np.count_nonzero(fewer == 1))
-
-    @property
-    def requests_of_pages(self) -> npt.NDArray[np.int32]:
-        """[num_pages + 1]: how many running requests have each page. To be read only."""
-        return self._num_having
-
     def stats(self) -> PoolStats:
-        pages, rows = self.pages, self.rows
+        pages, rows, having = self.pages, self.rows, self.requests_of_pages
         return PoolStats(
             num_pages=pages.num_pages,
             pages_backed=pages.num_backed,
             pages_free_backed=pages.num_free_backed,
             pages_in_use=pages.num_in_use,
-            pages_shared=self.pages_shared,
-            pages_running=self.pages_running,
-            pages_seen=self.pages_seen,
+            pages_shared=int(np.count_nonzero(having > 1)),
+            pages_running=int(np.count_nonzero(having)),
+            pages_seen=int(having.sum()),
             pages_fenced=len(pages.fenced),
             pages_created=pages.num_created,
             pages_released=pages.num_released,

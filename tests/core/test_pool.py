@@ -51,7 +51,7 @@ def test_requests_of_one_prefix_share_its_pages_and_no_others(pool: VTensorPool,
         start_request(pool, slot, pages[:2], 11)
         write_tokens(pool, slot, 8, [slot * 100 + at for at in range(3)])
     assert driver.physical_bytes == before + 2 * pool.layout.page_bytes
-    assert pool.pages_shared == 2
+    assert pool.stats().pages_shared == 2
     assert read_tokens(pool, 1, 10) == list(range(10))
     for slot in (2, 3):
         assert read_tokens(pool, slot, 11) == [*range(8), *(slot * 100 + at for at in range(3))]
