@@ -73,8 +73,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Start a server on the small Llama: ``with start("--flag", env={...}) as server``."""
 
-    def run(*flags: str, model: Path = tiny_llama, env: dict[str, str] | None = None) -> SGLangServer:
-        return SGLangServer(model, tmp_path_factory.mktemp("server") / "log", flags, env)
+    def run(
+        *flags: str, model: Path = tiny_llama, env: dict[str, str] | None = None, fresh: bool = False
+    ) -> SGLangServer:
+        return SGLangServer(model, tmp_path_factory.mktemp("server") / "log", flags, env, fresh=fresh)
 
     return run
 

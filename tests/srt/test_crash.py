@@ -271,7 +271,7 @@ def kill_under_load(server: SGLangServer, stock: StockAnswers, victim: int, afte
 def test_killed_under_load_nothing_is_left_and_the_next_start_works(start: Start, stock: StockAnswers) -> None:
     """Once the scheduler, and once the launching process."""
     for victim in (scheduler_of, lambda server: server.server.group):
-        with start(*FLAGS) as server:
+        with start(*FLAGS, fresh=True) as server:
             assert server.generate(stock.twin.prompt, stock.twin.tokens).output_ids == stock.twin.output_ids
             kill_under_load(server, stock, victim(server), 0.5)
 
@@ -282,7 +282,7 @@ def test_killed_fifty_times(start: Start, stock: StockAnswers) -> None:
     seed, rounds = (int(os.environ.get(name, least)) for name, least in (("SEED", 8), ("ROUNDS", 50)))
     dice = random.Random(seed)
     for _ in range(rounds):
-        with start(*FLAGS) as server:
+        with start(*FLAGS, fresh=True) as server:
             answers_are_right(server, stock)
             victim = dice.choice(bearers_of(server))
             kill_under_load(server, stock, victim, dice.uniform(0, 2))

@@ -40,7 +40,7 @@ def test_chats_are_those_of_stock(start: Start) -> None:
     model = smollm2()
     with start("--max-total-tokens=4096", model=model) as server:
         expected = chats(server)
-    with start(*VTENSOR, "--max-total-tokens=4096", model=model) as server:
+    with start(*VTENSOR, "--max-total-tokens=4096", model=model, fresh=True) as server:
         assert chats(server) == expected
         assert chats(server) == expected
         server.check_healthy()
