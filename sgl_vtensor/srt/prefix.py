@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_left, bisect_right
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from typing import Any
 
@@ -27,6 +27,7 @@ there: what lies behind are another request's bytes."""
 
 
 Line = list[tuple[float, int, TreeNode]]
+"""A heap of leaves: the time of a last use, a number, and the leaf."""
 
 
 class PageRun:
@@ -76,6 +77,7 @@ class VTensorRadixCache(RadixCache):
         self._tails: Line = []
         self._by_age: Line = []
         self._aging: set[TreeNode] = set()
+        self._num_dropped = 0
         self._arrivals = count()
         super().reset()
         num_pages = self.token_to_kv_pool_allocator.size // self.page_size
@@ -169,6 +171,7 @@ class VTensorRadixCache(RadixCache):
             child = self._child(node.parent, node.key, beginning)
             if child.lock_ref == 0:
                 self._evict_leaf(child)
+                self._note_dropped()
             at -= 1
 
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
@@ -218,6 +221,16 @@ class VTensorRadixCache(RadixCache):
         leaf = heappop(line)[2]
         self._aging.remove(leaf)
         return leaf
+
+    def _note_dropped(self) -> None:
+        """A leaf is gone before its turn. What stands in line no more is forgotten from time to time."""
+        self._num_dropped += 1
+        if self._num_dropped > len(self._tails) // 2:
+            self._num_dropped = 0
+            self._aging.difference_update(leaf for _, _, leaf in self._tails)
+            self._tails = [entry for entry in self._tails if entry[2] in self.evictable_leaves]
+            heapify(self._tails)
+            self._aging.update(leaf for _, _, leaf in self._tails)
 
     def _evict_leaf(self, leaf: TreeNode) -> int:
         """Its tokens, empty ones of its last page included."""

@@ -468,6 +468,15 @@ def test_a_page_that_others_copy_from_waits_for_them(served: Served) -> None:
     assert kept(served) == [[1, 2, 3], [1, 2, 4, 4, 4]]
 
 
+def test_what_is_gone_is_forgotten_although_nothing_is_evicted(served: Served) -> None:
+    ended(served, [7, 7])  # the first in line, as long as it stays
+    for length in range(1, 60):
+        ended(served, [1] * length)
+    cache = served.cache
+    assert len(cache._tails) < 5 and len(cache._aging) < len(served.nodes()) + 5
+    assert cache.evictable_leaves <= cache._aging == {leaf for _, _, leaf in cache._tails + cache._by_age}
+
+
 def test_pages_that_have_waited_go_together(served: Served) -> None:
     ended(served, [1])
     served.start([1, 5])
