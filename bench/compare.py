@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -369,7 +370,8 @@ def case_of(workload: Workload, options: argparse.Namespace, *, started: bool = 
     if not started:
         return " ".join(parts)
     flags = [part for flag in options.server_flags for part in flag.split("=", 1)]
-    named = [f"{name} {flags[flags.index(f'--{name}') + 1]}" for name in SIZES if f"--{name}" in flags[:-1]]
+    given = dict(itertools.pairwise(flags))  # of a flag that is given twice, the last
+    named = [f"{name} {given[f'--{name}']}" for name in SIZES if f"--{name}" in given]
     return " ".join([*parts, Path(options.model).name, *named])
 
 

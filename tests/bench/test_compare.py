@@ -179,6 +179,14 @@ def test_users_who_come_at_random_wait_for_nobody(tmp_path: Path) -> None:
     assert asked[0] == asked[1], "in the same order"
 
 
+def test_a_case_names_the_size_that_servers_have(tmp_path: Path) -> None:
+    """Without a GPU a size is given before the user's flags; the last one counts."""
+    flags = ["--max-total-tokens=32768", "--tp-size", "2", "--max-total-tokens=99"]
+    options = compare.arguments([f"--out={tmp_path}", "--scale=0.5", "--", *flags])
+    case = compare.case_of(workloads.build("single", 1, scale=0.5), options)
+    assert case.endswith("tp-size 2 max-total-tokens 99") and "32768" not in case
+
+
 def test_plots_hold_every_point_inside(tmp_path: Path) -> None:
     line_plot(tmp_path / "a.svg", "t < u", "x", "y", {"one": [(1, 3.0), (2, 170.0)], "two": [(1, 0.0)]})
     text = (tmp_path / "a.svg").read_text()
