@@ -10,6 +10,7 @@ token a step and end as users in a closed loop let them. Stock is SGLang's own t
 from __future__ import annotations
 
 import argparse
+import statistics
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class Stock:
 
     name = "sglang-p1"
 
-    def __init__(self, num_tokens: int, **_: int) -> None:
+    def __init__(self, num_tokens: int) -> None:
         self.free_tokens = num_tokens
         allocator: Any = SimpleNamespace(device="cpu", free_segment=self._free)
         self.tree = RadixCache(CacheInitParams(False, None, allocator, 1))  # type: ignore[arg-type]
@@ -165,15 +166,15 @@ class Ours:
 
     def room_tokens(self) -> int:
         evictable: int = self.tree.evictable_size()
-        return int(self.pool.pages.num_available) * self.page_tokens + evictable
+        return self.pool.pages.num_available * self.page_tokens + evictable
 
     def still_needs(self, request: Request) -> int:
         has = int(self.pool.num_wanted[request.slot])
-        return (-(-request.most_tokens // self.page_tokens) - has) * self.page_tokens
+        return (self.pool.layout.num_pages(request.most_tokens) - has) * self.page_tokens
 
     def compute(self, request: Request, len_tokens: int) -> None:
-        missing = -(-len_tokens // self.page_tokens) - int(self.pool.num_wanted[request.slot])
-        if (missing := missing - int(self.pool.pages.num_available)) > 0:
+        needed = self.pool.layout.num_pages(len_tokens) - int(self.pool.num_wanted[request.slot])
+        if (missing := needed - self.pool.pages.num_available) > 0:
             self.tree.evict(EvictParams(num_tokens=missing * self.page_tokens))
         assert self.pool.grow([request.slot], [len_tokens]), "what was promised is not there"
         request.computed = len_tokens
@@ -269,26 +270,30 @@ def main(argv: list[str] | None = None) -> None:
                     impl, found = measure(workload, tokens, share, page_tokens)
                     for metric, value in found.items():
                         figures.setdefault(metric, []).append(value)
-                shown = ", ".join(
-                    f"{metric} {sorted(values)[len(values) // 2]:.3f}" for metric, values in figures.items()
-                )
+                middles = {metric: statistics.median_high(values) for metric, values in figures.items()}
+                shown = ", ".join(f"{metric} {value:.3f}" for metric, value in middles.items())
                 print(f"{name}, pool of {share:.0%}: {impl:13} {shown}", flush=True)
                 for metric, values in figures.items():
                     results.add(f"{played[0].case} pool of {share:.0%}", impl, metric, "1", values)
                 for state in STATES:
-                    lines[state].append((page_tokens, 100 * sorted(figures[f"hits {state}"])[len(played) // 2]))
+                    lines[state].append((page_tokens, 100 * middles[f"hits {state}"]))
             if options.out is not None:
                 title = f"{name}, a pool of {share:.0%} of its tokens"
                 line_plot(options.out / f"prefix-{name}-{share:.2f}.svg", title, "tokens a page", "% found", lines)
+
+
+def world_of(workload: workloads.Workload, num_tokens: int, page_tokens: int) -> Stock | Ours:
+    """With pages of one token SGLang's tree, else ours."""
+    if page_tokens == 1:
+        return Stock(num_tokens)
+    return Ours(num_tokens, page_tokens=page_tokens, num_slots=workload.users, longest=workload.longest)
 
 
 def measure(
     workload: workloads.Workload, kept_tokens: int, share: float, page_tokens: int
 ) -> tuple[str, dict[str, float]]:
     """Hits when nothing is cached, and when all has been asked before; then what the pages that are kept could hold."""
-    num_tokens = int(share * kept_tokens)
-    sizes = {"page_tokens": page_tokens, "num_slots": workload.users, "longest": workload.longest}
-    world = Stock(num_tokens) if page_tokens == 1 else Ours(num_tokens, **sizes)
+    world = world_of(workload, int(share * kept_tokens), page_tokens)
     found = {f"hits {state}": play(world, workload) for state in STATES}
     return world.name, found | {"held": world.held_tokens() / kept_tokens}
 

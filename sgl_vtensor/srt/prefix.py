@@ -243,12 +243,7 @@ class VTensorRadixCache(RadixCache):
         """The least recently used leaves, of which those go first that hold few tokens in a whole page."""
         if self.disable or not self._is_lru:
             return super().evict(params)
-        start, evicted = time.perf_counter(), 0
-        for line in (self._tails, self._by_age):
-            while evicted < params.num_tokens and self._oldest(line):
-                evicted += self._evict_leaf(self._pop(line))
-        self.update_eviction_metrics(evicted, start)
-        return EvictResult(num_tokens_evicted=evicted)
+        return EvictResult(num_tokens_evicted=self._evict_leaves(params.num_tokens, by_age=False))
 
     def old_pages(self, used_before: float, at_most: int) -> int:
         """Pages that could go and were last used before that time (``time.monotonic``), as far as ``at_most``."""
@@ -271,14 +266,16 @@ class VTensorRadixCache(RadixCache):
         if self.disable or not self._is_lru:
             done: int = super().evict(EvictParams(num_tokens=num_tokens)).num_tokens_evicted
             return done // self.page_size
+        return self._evict_leaves(num_tokens, by_age=True) // self.page_size
+
+    def _evict_leaves(self, num_tokens: int, *, by_age: bool) -> int:
+        """By their age, or pages that are not full first; returns how many tokens went."""
         start, evicted = time.perf_counter(), 0
-        while evicted < num_tokens:
-            lines = [line for line in (self._tails, self._by_age) if self._oldest(line)]
-            if not lines:
-                break
-            evicted += self._evict_leaf(self._pop(min(lines, key=lambda line: line[0])))
+        while evicted < num_tokens and (lines := [line for line in (self._tails, self._by_age) if self._oldest(line)]):
+            line = min(lines, key=lambda line: line[0]) if by_age else lines[0]
+            evicted += self._evict_leaf(self._pop(line))
         self.update_eviction_metrics(evicted, start)
-        return evicted // self.page_size
+        return evicted
 
     @property
     def pool(self) -> Any:

@@ -15,12 +15,7 @@ import workloads
 def test_every_token_of_the_pool_is_free_or_kept(name: str, page_tokens: int) -> None:
     workload = workloads.build(name, 1, scale=0.05)
     kept = bench_prefix._kept_of_all(workload)
-    world: bench_prefix.Stock | bench_prefix.Ours
-    if page_tokens == 1:
-        world = bench_prefix.Stock(kept * 2 // 3)
-    else:
-        sizes = {"num_slots": workload.users, "longest": workload.longest}
-        world = bench_prefix.Ours(kept * 2 // 3, page_tokens=page_tokens, **sizes)
+    world = bench_prefix.world_of(workload, kept * 2 // 3, page_tokens)
     total = world.room_tokens()
     for _ in range(2):
         assert 0 <= bench_prefix.play(world, workload) < 1

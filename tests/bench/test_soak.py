@@ -141,6 +141,15 @@ def test_other_answers_errors_and_leaks_under_load(tmp_path: Path, capsys: pytes
     assert status == 1 and "WRONG with vtensor-auto: pages_in_use" in capsys.readouterr().out
 
 
+def test_windows_follow_one_another_from_the_first() -> None:
+    """Each whole one in which somebody was answered, and a fixed prompt is nobody."""
+    load = soak.Load(soak.Remote("ours", ""), soak.Traffic(1, 0.02), users=1, capacity_bytes=0)
+    load.begin, load.seconds, load.window_s = time.monotonic() - 60, 4.0, 1.0
+    asked = [(0.0, "short"), (0.9, "long"), (1.0, "chat"), (2.5, "canary"), (3.2, "short"), (4.1, "short")]
+    load.samples = [soak.Asked(at_s=at_s, sort=sort, sent_s=0.0, ttft_s=0.5) for at_s, sort in asked]
+    assert [(window["at_s"], window["answers"]) for window in load.windows()] == [(0, 2), (1, 1), (3, 1)]
+
+
 def test_near_ties_are_told_but_not_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 the shape of a batch decides them, in stock SGLang, too."""
 
