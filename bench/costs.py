@@ -30,14 +30,21 @@ class Look:
 
 Span = tuple[Look, Look]
 
-UNITS = {"driver_calls_per_token": "1/tok", "driver_share": "1", "mapping_wait_share": "1", "mapping_wait_p99": "ms"}
+UNITS = {
+    "driver_calls_per_token": "1/tok",
+    "driver_share": "1",
+    "memory_look_share": "1",
+    "memory_look_mean": "ms",
+    "mapping_wait_share": "1",
+    "mapping_wait_p99": "ms",
+}
 
 
 def costs(spans: Sequence[Span], output_tokens: int) -> dict[str, float]:
     """Of some spans of time together, in which so many tokens were generated; nothing for a stock server.
 
-    Driver calls are of all kinds, whether a launch waited for them or not; ``driver_share`` and ``mapping_wait_share``
-    are of the time that passed, which is the scheduler's; ``mapping_wait_p99`` is its bucket's upper edge.
+    Driver calls are of all kinds, whether a launch waited for them or not; looks at free memory are counted apart.
+    Shares are of the time that passed, which is the scheduler's; ``mapping_wait_p99`` is its bucket's upper edge.
     """
     if not all(before.figures and after.figures for before, after in spans):
         return {}
@@ -49,6 +56,8 @@ def costs(spans: Sequence[Span], output_tokens: int) -> dict[str, float]:
     found = {
         "driver_calls_per_token": grown("driver_calls") / max(1, output_tokens),
         "driver_share": grown("driver_seconds") / seconds,
+        "memory_look_share": grown("memory_look_seconds") / seconds,
+        "memory_look_mean": 1000 * grown("memory_look_seconds") / max(1.0, grown("memory_looks")),
         "mapping_wait_share": grown("mapping_wait_seconds") / seconds,
     }
     p99_s = _p99_seconds(spans)

@@ -9,6 +9,7 @@
 # soak       overload, aborts, limits, flushes (soak.py)
 # tests      that need a GPU: kernels, drivers, core
 # commands   doctor, plan, and what looking costs the scheduler's thread there (bench_core.py)
+# driver     what each call to the driver costs, idle, under load and beside other processes (bench_driver.py)
 # grid       the kernels over all shapes, against all baselines
 # profile    where the processes of stock fa3 and vtensor-auto spend their time, function by function (profile_server.py)
 # programs   the frontend programs of examples/ (programs.py)
@@ -92,6 +93,9 @@ for name in $steps; do
       if [ "$num_gpus" -gt 0 ]; then step plan 60 "$python" -m sgl_vtensor plan "$shape"; fi
       step overhead 240 "$python" bench/bench_core.py --steps 30 --trace --no-record
       ;;
+    driver)
+      step driver 150 "$python" bench/bench_driver.py --out "$work/driver"
+      ;;
     profile)
       step profile "$(left)" "$python" bench/profile_server.py "${model[@]}" --workload "${PROFILED:-shared-few}" \
         --rounds 8 --port "$port" --out "$work/profile" -- "${flags[@]}"
@@ -108,7 +112,7 @@ for name in $steps; do
       done
       ;;
     *)
-      say "no step $name; there are servers, memcheck, memory, soak, tests, commands, profile, programs and grid"
+      say "no step $name; there are servers, memcheck, memory, soak, tests, commands, driver, profile, programs and grid"
       status=1
       ;;
   esac

@@ -19,7 +19,7 @@ pack() { # files are moved into place whole, so that a kill never leaves half of
   (cd "$work" && tar czf "$new" --exclude='*-llama' --exclude='llama70b*' -- * 2> /dev/null)
   [ $? -gt 1 ] || mv "$new" "$out/logs.tar.gz" # 1: a log grew meanwhile
   for file in summary.txt memcheck.log gpus.csv serving.csv memory.csv soak.csv programs.csv profile.csv prefill.csv \
-    decode.csv soak.json runs.jsonl; do
+    decode.csv driver.csv soak.json runs.jsonl; do
     found=$(ls "$work/$file" "$work"/*/"$file" 2> /dev/null)
     [ -z "$found" ] || { awk 'FNR > 1 || NR == 1 || !/^date,/' $found > "$new" && mv "$new" "$out/$file"; }
   done

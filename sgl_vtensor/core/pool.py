@@ -53,6 +53,9 @@ class PoolStats:
     driver_calls: dict[str, int]
     driver_seconds: dict[str, float]
     driver_errors: dict[str, int]
+    memory_looks: int
+    """How often the driver was asked how much memory is free."""
+    memory_look_seconds: float
 
 
 class VTensorPool:
@@ -380,4 +383,6 @@ class VTensorPool:
             driver_calls=dict(self.driver.calls),
             driver_seconds=dict(self.driver.seconds),
             driver_errors=dict(self.driver.errors),
+            memory_looks=self.driver.looks.count,
+            memory_look_seconds=self.driver.looks.seconds,
         )

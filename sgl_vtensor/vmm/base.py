@@ -17,6 +17,7 @@ from typing import Self, TypeVar, TypeVarTuple
 import torch
 
 from sgl_vtensor.errors import DriverError
+from sgl_vtensor.vmm.driver import Looks
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class DriverBase(ABC):
         self.seconds: dict[str, float] = dict.fromkeys(CALL_KINDS, 0.0)
         self.errors: dict[str, int] = dict.fromkeys(CALL_KINDS, 0)
         self.histogram: dict[str, list[int]] = {kind: [0] * (len(CALL_SECONDS) + 1) for kind in CALL_KINDS}
+        self.looks = Looks()
         self._closed = False
         self._physical_bytes = 0
         self._reservations: dict[int, Reservation] = {}
@@ -270,7 +272,12 @@ class DriverBase(ABC):
     def memory_info(self) -> tuple[int, int]:
         """Free and total physical memory of the device, in bytes. Raises DriverError."""
         self._check_open("memory_info")
-        return self._memory_info()
+        began = perf_counter()
+        try:
+            return self._memory_info()
+        finally:
+            self.looks.count += 1
+            self.looks.seconds += perf_counter() - began
 
     def close(self) -> None:
         """Unmap, release and free whatever is left. A second call does nothing.

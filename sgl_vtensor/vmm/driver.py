@@ -6,9 +6,18 @@ Two drivers implement this contract: ``cuda`` (``cuMem*``) and ``host`` (``memfd
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+
+@dataclass
+class Looks:
+    """Looks at the device's free memory, refused ones included."""
+
+    count: int = 0
+    seconds: float = 0.0
 
 
 class VmmDriver(Protocol):
@@ -38,6 +47,8 @@ class VmmDriver(Protocol):
     """How many of these calls were refused, by method name."""
     histogram: dict[str, list[int]]
     """How many of these calls took up to each of ``base.CALL_SECONDS``, and longer, by method name."""
+    looks: Looks
+    """How often ``memory_info`` was asked, and how long that took: it changes nothing, so it is none of the calls."""
 
     @property
     def physical_bytes(self) -> int:

@@ -21,6 +21,7 @@ class DriverProxy:
         self.seconds = inner.seconds
         self.errors = inner.errors
         self.histogram = inner.histogram
+        self.looks = inner.looks
 
     @property
     def physical_bytes(self) -> int:

@@ -40,7 +40,8 @@ class FakeServer:
     vanished: int = 0
     """Clients that were gone before their last token."""
     pool: dict[str, Any] = field(default_factory=dict)
-    """The vtensor section of ``/server_info``; for each token asked a driver call of 1 ms, for each request a wait."""
+    """The vtensor section of ``/server_info``; for each token asked a driver call of 1 ms
+    and two looks at free memory of 0.25 ms, for each request a wait."""
     url: str = ""
 
     async def health(self, request: web.Request) -> web.Response:
@@ -63,6 +64,8 @@ class FakeServer:
         return self.pool | {
             "driver_calls": {"map": tokens},
             "driver_seconds": {"map": 0.001 * tokens},
+            "memory_looks": 2 * tokens,
+            "memory_look_seconds": 0.0005 * tokens,
             "mapping_wait_seconds": 0.003 * count,
             "mapping_wait_longest_seconds": 0.004,
             "mapping_wait_buckets_seconds": [0.001, 0.0035],

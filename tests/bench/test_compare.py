@@ -114,6 +114,8 @@ def test_what_memory_cost_is_told_and_later_turns_apart(tmp_path: Path, capsys: 
         waited_a_call = 3 * requests / calls
         assert figures[f"mapping_wait_share{name}"] == pytest.approx(waited_a_call * figures[f"driver_share{name}"])
         assert figures[f"mapping_wait_p99{name}"] == 3.5
+        assert figures[f"memory_look_share{name}"] == pytest.approx(0.5 * figures[f"driver_share{name}"])
+        assert figures[f"memory_look_mean{name}"] == pytest.approx(0.25)
     units = {row["metric"]: row["unit"] for row in rows(tmp_path)}
     assert units["driver_calls_per_token_later"] == "1/tok" and units["mapping_wait_p99"] == "ms"
     assert "mapping_wait_share_later" in capsys.readouterr().out

@@ -364,6 +364,9 @@ def test_calls_and_seconds_are_counted(driver: VmmDriver) -> None:
     assert all(0 < seconds < 5 for seconds in driver.seconds.values())
     assert {kind: sum(counts) for kind, counts in driver.histogram.items()} == driver.calls
     assert not any(driver.errors.values())
+    assert (driver.looks.count, driver.looks.seconds) == (0, 0.0)
+    driver.memory_info()
+    assert driver.looks.count == 1 and 0 < driver.looks.seconds < 5
 
 
 # Tensors
