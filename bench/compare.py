@@ -19,7 +19,6 @@ import asyncio
 import dataclasses
 import itertools
 import json
-import re
 import statistics
 import sys
 import time
@@ -199,9 +198,7 @@ class Comparison:
         self._record(server, workload, seed, state, run, spent)
 
     def _workload(self, text: str, seed: int) -> Workload:
-        name, users, rate = _asked(text)
-        built = workloads.build(name, seed, scale=self.options.scale, users=users, rate=rate)
-        return dataclasses.replace(built, name=text) if rate else built
+        return workloads.asked(text, seed, scale=self.options.scale)
 
     def _too_long(self, workload: Workload, servers: list[Remote]) -> str | None:
         for server in servers:
@@ -342,28 +339,6 @@ def _shortened(session: Session) -> Session:
     return dataclasses.replace(session, turns=tuple(turns))
 
 
-def _asked(text: str) -> tuple[str, int, float]:
-    """NAME, NAME@USERS or NAME~RATE: its name, how many users at a time, and how many come a second; 0: not said."""
-    found = re.fullmatch(r"(?P<name>[^@~]+)(@(?P<users>\d+)|~(?P<rate>\d+(\.\d+)?))?", text)
-    if not found:
-        raise ValueError(text)
-    users, rate = found["users"], found["rate"]
-    if found["name"] not in workloads.TABLE or (users and not int(users)) or (rate and not float(rate)):
-        raise ValueError(text)
-    return found["name"], int(users or 0), float(rate or 0)
-
-
-def _workload_name(text: str) -> str:
-    try:
-        _asked(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no workload; say NAME, NAME@USERS or NAME~RATE with one of "
-            f"{', '.join(sorted(workloads.TABLE))}"
-        ) from None
-    return text
-
-
 def case_of(workload: Workload, options: argparse.Namespace, *, started: bool = True) -> str:
     """The load, and of servers that we have started their size: figures of small pools are of evictions too."""
     parts = [workload.name, f"scale {options.scale:g}", *([f"c{workload.users}"] if workload.users else [])]
@@ -386,7 +361,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--url", action="append", metavar="NAME=URL", help="servers that run already, in place of --group"
     )
     parser.add_argument(
-        "--workload", nargs="+", type=_workload_name, default=list(workloads.TABLE), metavar="NAME[@USERS|~RATE]",
+        "--workload", nargs="+", type=workloads.asked_name, default=list(workloads.TABLE), metavar="NAME[@USERS|~RATE]",
         help="and how many users at a time, if not as in the table; or how many come a second, at random (all)",
     )  # fmt: skip
     parser.add_argument(

@@ -20,7 +20,7 @@
 #   WORKLOADS  (gsp)      ROUNDS  (1)      STATES  (cold warm)      QUESTIONS  of memory.py (all)
 #   SOAK  flags of soak.py (--debug)      MEMORY  flags of memory.py
 #   MODEL  (.gpu/llama8b, with dummy weights), or random: a small one of which answers can be compared (soak, servers)
-#   PROFILED  workload of profile (shared-few)
+#   PROFILED  workload of profile (shared-few), and its STATE  (warm)
 #   POOL  tokens of each server that is compared (100000: two of an 8B shape fit 80 GB; 360000 for one, with SHARE=0.85)
 #   SERVERS  of compare.py, groups parted by ";": "stock-fa3 vtensor-auto; vtensor-triton"
 #   TOOL  of compute-sanitizer (memcheck), and on which tests: CHECKED  (hopper)
@@ -98,7 +98,7 @@ for name in $steps; do
       ;;
     profile)
       step profile "$(left)" "$python" bench/profile_server.py "${model[@]}" --workload "${PROFILED:-shared-few}" \
-        --rounds 8 --port "$port" --out "$work/profile" -- "${flags[@]}"
+        --state "${STATE:-warm}" --rounds 8 --port "$port" --out "$work/profile" -- "${flags[@]}"
       ;;
     programs)
       step programs 400 "$python" bench/programs.py "${model[@]}" --port "$port" --out "$work/programs" -- "${memory_flags[@]}" \

@@ -1,9 +1,10 @@
-"""Where do the processes of a server spend their time while a workload is asked of it again, all of it cached?
+"""Where do the processes of a server spend their time while a workload is asked of it again?
 
     python bench/profile_server.py --model DIR [--server stock-fa3 vtensor-auto] [--workload shared-few] -- FLAGS
 
 Servers (names in bench/servers.py) follow one another. Each is asked the workload once, and then --rounds times under
-py-spy, which samples the Python stacks of all its processes from outside. The table has the time of each function, with
+py-spy, which samples the Python stacks of all its processes from outside; all of it is cached then, or nothing with
+--state cold, which empties the cache before each round. The table has the time of each function, with
 what it calls, in ms a request, the dearest first, and beside it the same function's in the first server. To --out: the
 table, and the stacks for a flame graph. Waiting counts, too: look at what differs. The rounds' figures are rows of
 profile.csv: each server has the machine to itself here, and is asked the same often enough to tell it from chance.
@@ -35,6 +36,8 @@ from sgl_vtensor.cli.server import free_port
 from sgl_vtensor.errors import VTensorError
 
 SAMPLES_A_SECOND = 500
+AGAIN = {"warm": "again", "cold": "cold"}
+"""What the rows say of the cache."""
 SETTLE_SECONDS = 1.0
 SHOWN = 60
 FIGURES = ("throughput", "ttft_p50", "ttft_p99", "itl_p50", "cached_share")
@@ -76,7 +79,7 @@ def profile(name: str, options: argparse.Namespace, results: Results) -> Counter
     server = Server(name, options.model, port, options.out / f"server-{name}.log", options.server_flags)
     try:
         server.wait(options.start_seconds)
-        workload = workloads.build(options.workload, options.seed, scale=options.scale)
+        workload = workloads.asked(options.workload, options.seed, scale=options.scale)
         run_async(play(server.url, workload, progress=False))
         stacks = options.out / f"{name}.stacks"
         sampler = record(server, stacks, options.start_seconds)
@@ -85,6 +88,8 @@ def profile(name: str, options: argparse.Namespace, results: Results) -> Counter
         try:
             time.sleep(SETTLE_SECONDS)
             for number in range(options.rounds):
+                if options.state == "cold":
+                    server.flush()
                 run = run_async(play(server.url, workload, progress=False))
                 requests += len(run.samples)
                 figures = summarize(run)
@@ -94,10 +99,10 @@ def profile(name: str, options: argparse.Namespace, results: Results) -> Counter
         finally:
             sampler.send_signal(signal.SIGINT)
             sampler.wait(60)
+        case = f"{case_of(workload, options)} {AGAIN[options.state]}, under py-spy"
         for key in FIGURES:
-            values = [figures[key] for figures in rounds if key in figures]
-            if values:
-                results.add(f"{case_of(workload, options)} again, under py-spy", name, key, unit(key), values)
+            if values := [figures[key] for figures in rounds if key in figures]:
+                results.add(case, name, key, unit(key), values)
     finally:
         server.stop()
     scale = 1000 / SAMPLES_A_SECOND / max(requests, 1)
@@ -119,7 +124,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models.add_arguments(parser)
     parser.add_argument("--server", nargs="+", default=["stock-fa3" if cuda else "stock-default", "vtensor-auto"])
-    parser.add_argument("--workload", choices=sorted(workloads.TABLE), default="shared-few")
+    parser.add_argument(
+        "--workload", type=workloads.asked_name, default="shared-few", metavar="NAME[@USERS|~RATE]", help="%(default)s"
+    )
+    parser.add_argument("--state", choices=AGAIN, default="warm", help="of the cache (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0 if cuda else 0.05, help="of all lengths (%(default)s)")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)

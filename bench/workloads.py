@@ -8,9 +8,12 @@ Lengths of chat turns (``Lengths``): their means are published, the log-normal s
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,6 +154,35 @@ TABLE = {
     ),
     "gsp": Kind("sglang.bench_serving's generated-shared-prefix", 32, 128, 8, 4096, question=256, answer=64),
 }
+
+
+def _parsed(text: str) -> tuple[str, int, float]:
+    """NAME, NAME@USERS or NAME~RATE: its name, how many users at a time, and how many come a second; 0: not said."""
+    found = re.fullmatch(r"(?P<name>[^@~]+)(@(?P<users>\d+)|~(?P<rate>\d+(\.\d+)?))?", text)
+    if not found:
+        raise ValueError(text)
+    users, rate = found["users"], found["rate"]
+    if found["name"] not in TABLE or (users and not int(users)) or (rate and not float(rate)):
+        raise ValueError(text)
+    return found["name"], int(users or 0), float(rate or 0)
+
+
+def asked_name(text: str) -> str:
+    """The type of a command line's workload."""
+    try:
+        _parsed(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no workload; say NAME, NAME@USERS or NAME~RATE with one of {', '.join(sorted(TABLE))}"
+        ) from None
+    return text
+
+
+def asked(text: str, seed: int, *, scale: float) -> Workload:
+    """The workload of a name that a command line took."""
+    name, users, rate = _parsed(text)
+    built = build(name, seed, scale=scale, users=users, rate=rate)
+    return dataclasses.replace(built, name=text) if rate else built
 
 
 def build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def test_the_table_has_what_takes_longer_than_in_the_first_server() -> None:
     assert lines[1].split() == ["2.500", "3.000", "scheduler:", "a"]
     longer = lines[lines.index("second: what takes longer than in the first server") + 1]
     assert longer.split() == ["+1.500", "1.500", "scheduler:", "c"]
+
+
+def test_a_workload_has_a_rate_and_the_cache_a_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PY_SPY", sys.executable)
+    command = ["--model", str(tmp_path), "--out", str(tmp_path)]
+    options = profile_server.arguments([*command, "--workload", "gsp~20", "--state", "cold"])
+    assert (options.workload, profile_server.AGAIN[options.state]) == ("gsp~20", "cold")
+    for wrong in (["--workload", "gsp~0"], ["--state", "hot"]):
+        with pytest.raises(SystemExit):
+            profile_server.arguments([*command, *wrong])
 
 
 def test_without_py_spy_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
