@@ -122,7 +122,8 @@ def sdpa_view(inputs: Inputs, shape: Shape) -> Call:
 IMPLEMENTATIONS = {
     "vtensor-triton": vtensor_triton,
     "fa3-view": fa3_view,
-    "fa3-paged-p1": fa3_paged(1),
+    "fa3-paged-p1": fa3_paged(1, stock=True),
+    "fa3-homes-p1": fa3_paged(1),
     "fa3-paged-p64": fa3_paged(64),
     "fa3-paged-p128": fa3_paged(128),
     "sglang-triton-p1": sglang_triton,

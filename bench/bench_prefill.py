@@ -121,16 +121,17 @@ def fa3_view_each(inputs: Inputs, shape: Shape) -> Call:
     return call
 
 
-def fa3_paged(page_tokens: int) -> Make:
-    """As SGLang calls it. Page 1: its default on Hopper, on its own pools. Larger: over the homes, in random order.
+def fa3_paged(page_tokens: int, *, stock: bool = False) -> Make:
+    """As SGLang calls it. ``stock``: on SGLang's own pools, with page 1, its default on Hopper; else over the homes.
 
-    Decode gets its schedule ready, as SGLang computes that once a forward pass.
+    Homes are token-major and lie in random order. Decode gets its schedule ready, as SGLang computes that once a
+    forward pass.
     """
 
     def make(inputs: Inputs, shape: Shape) -> Call:
         attend = _fa3(shape)
-        pools = inputs.pools if page_tokens == 1 else inputs.homes
-        table = inputs.slots if page_tokens == 1 else inputs.page_table(page_tokens)
+        pools = inputs.pools if stock else inputs.homes
+        table = inputs.slots if stock else inputs.page_table(page_tokens)
         schedule = None
         if shape.max_new == 1:
             from sgl_kernel.flash_attn import get_scheduler_metadata
@@ -223,7 +224,8 @@ IMPLEMENTATIONS = {
     "vtensor-loop": vtensor_loop,
     "fa3-view": fa3_view,
     "fa3-view-each": fa3_view_each,
-    "fa3-paged-p1": fa3_paged(1),
+    "fa3-paged-p1": fa3_paged(1, stock=True),
+    "fa3-homes-p1": fa3_paged(1),
     "fa3-paged-p64": fa3_paged(64),
     "fa3-paged-p128": fa3_paged(128),
     "sglang-triton-p1": sglang_triton,
