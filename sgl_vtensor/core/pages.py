@@ -61,6 +61,8 @@ class Pages:
         self._closed = False
         self.num_created = self.num_released = 0
         """Pages that were given memory so far, and that gave theirs back; the padding page is not counted."""
+        self.num_taken = 0
+        """Pages that were handed out so far."""
         self.fresh: list[int] = []
         """Backed since the last launch: to be zeroed on the forward stream before anything reads them."""
         self.freed: list[int] | None = None
@@ -202,6 +204,7 @@ class Pages:
             )
         taken = [self._free_backed.popitem(last=False)[0] for _ in range(num_pages)]
         self.is_free[taken] = False
+        self.num_taken += num_pages
         return taken
 
     def take(self, page: int) -> bool:
@@ -209,6 +212,7 @@ class Pages:
         if self._free_backed.pop(page, None) is None:
             return False
         self.is_free[page] = False
+        self.num_taken += 1
         return True
 
     def free(self, pages: Iterable[int], epoch: int) -> None:

@@ -23,6 +23,12 @@ PAGES_RELEASED_AT_ONCE = 64
 PAGES_RELEASED_UNDER_LOAD = 32
 """The same in one look while requests run: less than 5 ms, by which no token may be late."""
 PAGES_CREATED_AT_ONCE = 8
+"""Behind a launch that computes for a few milliseconds."""
+BURST_SECONDS = 10.0
+"""What one launch took of pages is kept ready for the next that takes as many: agents that come back together, or the
+chunks of a long prompt. So long, and up to twice as long, after the last."""
+BURST_SHARE = 0.05
+"""Of the limit, so much at most."""
 PAGES_EVICTED_AT_ONCE = 256
 LOOK_SECONDS = 0.5
 """How often the age of the cache and the device's free memory are looked at."""
@@ -79,9 +85,18 @@ class MemoryPolicy:
         self._next_count = 0.0
         self._unused = 0
         """What was counted and is to go."""
+        self._taken = 0
+        """Pages that had been handed out by the last launch."""
+        self._bursts = [0, 0]
+        """The most that one launch took, in this stretch of time and in the one before."""
+        self._next_stretch = 0.0
+        self._is_short = False
+        """Whether the device has no memory to spare, as the last look said."""
         self._next_decision = 0.0
         self._said: dict[str, float] = {}
         self._shortage_since = self._last_shortage = float("-inf")
+        self.pages_created_ahead = 0
+        """Of all that were created, those for which no launch had to wait."""
         self.pages_evicted_by_limit = 0
         self.pages_evicted_by_age = 0
 
@@ -122,6 +137,16 @@ class MemoryPolicy:
         cut = max(0, len_tokens - most)
         return len_tokens - cut, input_len_tokens - cut
 
+    @property
+    def ready_pages(self) -> int:
+        """Free pages that are to have memory now, ahead of need: the reserve, or as many as one launch takes lately.
+
+        Without a reserve nothing is taken ahead; while the device is short of memory no more than the reserve is.
+        """
+        if not self.reserve_pages or self._is_short:
+            return self.reserve_pages
+        return max(self.reserve_pages, min(max(self._bursts), int(BURST_SHARE * self.pool.pages.limit_pages)))
+
     # What happens between launches.
 
     def step(self, tree_cache: Any, now: float) -> None:
@@ -129,10 +154,13 @@ class MemoryPolicy:
         if self.pool.pages_beyond_limit:
             self._follow_limit(tree_cache)
         self._least_free = min(self._least_free, self.pool.pages.num_free_backed)
+        if now >= self._next_stretch:
+            self._bursts, self._next_stretch = [0, self._bursts[0]], now + BURST_SECONDS
         if now >= self._next_look:
             self._release_unused(now)
             yields = self._yields(now)
             short = self._release_for_neighbours(yields)
+            self._is_short = short is not None
             self._next_look = now + (HASTY_LOOK_SECONDS if yields and short is not None else LOOK_SECONDS)
             if self.ranks is not None:
                 possible = self.pool.pages.possible()
@@ -145,25 +173,31 @@ class MemoryPolicy:
                 if evicted and short and yields:
                     self._release_for_neighbours(yields)
 
-    def launched(self, pages_soon: int = 0) -> None:
-        """Behind a launch, while the GPU computes: a few pages ahead of need, so that a decode step waits for none.
+    def launched(self, pages_soon: int = 0, pages_computed: int = 0) -> None:
+        """Behind a launch, while the GPU computes: some pages ahead of need, so that the next launch waits for none.
 
-        The reserve itself never waits, and what each rank has of it decides nothing.
+        This itself never waits, and what each rank has ready decides nothing.
 
         Args:
             pages_soon: that requests begin in the next steps. Requests of one length begin theirs in the same one, more
                 than a reserve holds. Without a reserve nothing is taken ahead.
+            pages_computed: that this launch fills, if it is a prefill: it computes for so much longer than it takes to
+                create as many.
         """
         self._idle_since = None
-        ready = self.pool.pages.num_free_backed
-        wanted = max(self.reserve_pages, pages_soon) if self.reserve_pages else 0
+        pages = self.pool.pages
+        self._bursts[0] = max(self._bursts[0], pages.num_taken - self._taken)
+        self._taken = pages.num_taken
+        ready = pages.num_free_backed
+        wanted = max(self.ready_pages, pages_soon) if self.reserve_pages else 0
         if ready < wanted:
             try:
-                self.pool.prepare(min(wanted, ready + PAGES_CREATED_AT_ONCE))
+                self.pool.prepare(min(wanted, ready + PAGES_CREATED_AT_ONCE + pages_computed))
             except OutOfMemory:
                 pass  # when a page is needed it is asked for again
             except DriverError as error:
                 self._warn("reserve", "the reserve could not be filled (%s)", error)
+            self.pages_created_ahead += pages.num_free_backed - ready
 
     def idle(self, tree_cache: Any, now: float) -> None:
         """No batch is in flight. SGLang comes here again and again while there is nothing to do."""
@@ -178,7 +212,7 @@ class MemoryPolicy:
             self._say("idle", "idle, %d pages given back since the start", self.pool.pages.num_released)
 
     def _release_unused(self, now: float) -> None:
-        """Under load, too, free pages go back that no request has needed for a while. The reserve stays.
+        """Under load, too, free pages go back that no request has needed for a while. What is to be ready stays.
 
         Prefixes that expire leave such pages, and so do requests that are longer than what follows them.
         """
@@ -186,11 +220,11 @@ class MemoryPolicy:
             return
         free = self.pool.pages.num_free_backed
         if now >= self._next_count:
-            self._unused = self._least_free - self.reserve_pages
+            self._unused = self._least_free - self.ready_pages
             self._least_free, self._next_count = free, now + self.config.idle_seconds
-        self._unused = min(self._unused, free - self.reserve_pages)
+        self._unused = min(self._unused, free - self.ready_pages)
         if self._unused > 0:
-            self._unused -= self._release(self.reserve_pages, min(self._unused, PAGES_RELEASED_UNDER_LOAD))
+            self._unused -= self._release(self.ready_pages, min(self._unused, PAGES_RELEASED_UNDER_LOAD))
 
     def _follow_limit(self, tree_cache: Any) -> None:
         """Cached prefixes go first. Requests that run keep what they have: admission waits for them."""

@@ -188,7 +188,8 @@ class Runtime:
             self.pool.launch(event)
         else:
             self.pool.launch(None)
-        self.policy.launched(self._pages_soon(batch))
+        computed = (batch.extend_num_tokens or 0) if batch.forward_mode.is_extend() else 0
+        self.policy.launched(self._pages_soon(batch), computed // self.pool.layout.page_tokens)
         if self.config.unmap_rows:
             self.pool.unmap_parked()
         if self.can_read_homes and self.reads_rows:
@@ -314,9 +315,11 @@ class Runtime:
             "mapping_wait_longest_seconds": self.mapping_wait_longest_seconds,
             "mapping_wait_buckets_seconds": WAIT_BUCKETS_SECONDS,
             "mapping_wait_counts": list(self.mapping_wait_counts),
+            "pages_created_ahead": self.policy.pages_created_ahead,
             "pages_evicted_by_limit": self.policy.pages_evicted_by_limit,
             "pages_evicted_by_age": self.policy.pages_evicted_by_age,
             "reserve_pages": self.policy.reserve_pages,
+            "ready_pages": self.policy.ready_pages,
             "launches": self.pool.epochs.launched,
             "launches_compared": self.policy.ranks.launches_compared if self.policy.ranks else 0,
             "page_tokens": layout.page_tokens,

@@ -20,6 +20,8 @@ from sgl_vtensor.srt import memory
 from sgl_vtensor.srt.agree import BOARD_COLUMNS, Decision, Ranks
 from sgl_vtensor.srt.allocator import VTensorAllocator, VTensorPrefillBudget
 from sgl_vtensor.srt.memory import (
+    BURST_SECONDS,
+    BURST_SHARE,
     IDLE_NEIGHBOUR_SECONDS,
     LOOK_SECONDS,
     NEIGHBOUR_SECONDS,
@@ -608,7 +610,8 @@ def test_two_servers_that_share_a_device_have_their_bursts_in_turn(
             now += 0.05
         assert full_at is not None and full_at < second_burst_at + 8.0
         left = len(first.tree.evictable_leaves)
-        assert 220 - 140 - 16 - 20 <= left < 140, f"{left} pages left: more than was needed has been let go"
+        # The second keeps ten more ready, for its next request.
+        assert 220 - 140 - 10 - 16 - 20 <= left < 140, f"{left} pages left: more than was needed has been let go"
         for world in (first, second):
             world.pool.shutdown()
 
@@ -624,6 +627,75 @@ def test_the_reserve_is_filled_behind_launches_a_few_pages_at_a_time(world: Worl
     world.policy.step(world.tree, 0.0)
     world.policy.launched()
     assert world.num_backed == 2, "the limit holds for the reserve, too"
+
+
+def test_what_a_launch_took_is_ready_for_the_next_that_takes_as_many(world: World) -> None:
+    """Agents that come back together find their pages; a while after the last of them the memory goes back."""
+    policy, in_front = world.policy, [0]
+
+    def burst(num_pages: int) -> int:
+        """One launch takes so many. Returns how many of them were created for it, in front of it."""
+        before = world.pool.pages.num_created
+        world.run(1, num_pages)
+        in_front.append(world.pool.pages.num_created - before)
+        policy.launched()
+        world.end(1, now=0.0)
+        return in_front[-1]
+
+    def steps(first: float, last: float) -> None:
+        for now in np.arange(first, last, 0.25):
+            policy.step(world.tree, now)
+            policy.launched()
+
+    most = int(BURST_SHARE * NUM_PAGES)
+    assert most > PAGES_CREATED_AT_ONCE + 2
+    policy.reserve_pages = 2
+    steps(0.0, 1.0)
+    assert burst(12) == 10 and policy.ready_pages == 12
+    steps(1.0, 2.0)
+    assert world.pool.pages.num_free_backed == 12
+    assert burst(12) == 0
+    # As many as that, but a share of the pool at most; and each page at a time, in portions.
+    assert burst(5 * most) > 3 * most and policy.ready_pages == most
+    steps(2.0, 3.0)
+    assert world.pool.pages.num_free_backed == most
+    # It stays for a while, whatever comes in between, and then it goes, but for the reserve.
+    steps(3.0, BURST_SECONDS)
+    assert burst(1) == 0 and policy.ready_pages == most
+    steps(BURST_SECONDS, 2 * BURST_SECONDS)
+    assert policy.ready_pages == most
+    steps(2 * BURST_SECONDS, 4 * BURST_SECONDS)
+    assert policy.ready_pages == world.pool.pages.num_free_backed == 2
+    assert world.num_backed == world.pool.pages.num_in_use + 2
+    assert policy.pages_created_ahead == world.pool.pages.num_created - sum(in_front) > 0
+
+
+def test_without_a_reserve_nothing_is_taken_ahead_and_while_memory_is_short_no_more_than_it(world: World) -> None:
+    policy, pages = world.policy, world.pool.pages
+    policy.reserve_pages = 0
+    world.run(1, 12)
+    policy.launched()
+    assert policy.ready_pages == pages.num_free_backed == 0
+    policy.reserve_pages = 2
+    assert policy.ready_pages == 12
+    pages.margin_bytes = world.driver.memory_info()[0]  # less than twice the margin is free
+    policy.step(world.tree, 0.0)
+    policy.launched(pages_computed=12)
+    assert policy.ready_pages == 2 and pages.num_free_backed == 0, "not a page beyond the margin"
+    pages.margin_bytes = 0
+    policy.step(world.tree, LOOK_SECONDS)
+    policy.launched()
+    assert pages.num_free_backed == PAGES_CREATED_AT_ONCE
+    policy.launched(pages_computed=1)
+    assert policy.ready_pages == pages.num_free_backed == 12
+
+
+def test_a_prefill_has_as_many_created_behind_it_as_it_fills(world: World) -> None:
+    world.policy.reserve_pages = 40
+    world.policy.launched(pages_computed=20)
+    assert world.pool.pages.num_free_backed == PAGES_CREATED_AT_ONCE + 20
+    world.policy.launched()
+    assert world.pool.pages.num_free_backed == 2 * PAGES_CREATED_AT_ONCE + 20
 
 
 def test_free_pages_that_nobody_needs_go_back_under_load(world: World) -> None:

@@ -17,7 +17,7 @@ from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.errors import ConfigError, DriverError, OutOfMemory
 from sgl_vtensor.srt.allocator import PageCopy
-from sgl_vtensor.srt.memory import MemoryPolicy
+from sgl_vtensor.srt.memory import BURST_SECONDS, MemoryPolicy
 from sgl_vtensor.srt.runtime import (
     CALLS_A_LAUNCH,
     MAX_MAPPINGS_AHEAD,
@@ -51,6 +51,7 @@ class World:
         )
         self.pool = VTensorPool(Pages(driver, layout, 600), num_slots=NUM_SLOTS, max_len_tokens=40 * 16)
         self.allocator: Any = SimpleNamespace(extending=True, copies=[])
+        self.extend_num_tokens: int | None = None
         policy = MemoryPolicy(self.pool, config)
         self.runtime = runtime = Runtime(self.pool, self.allocator, policy, config, dense_capacity=600 * 16)
         runtime.can_read_homes = runtime.decode_reads_homes = runtime.extend_reads_homes = False
@@ -76,6 +77,7 @@ class World:
             seq_lens_cpu=torch.tensor([16 * int(self.pool.num_wanted[slot]) for slot in slots]),
             chunked_req=None if chunked is None else req,
             forward_mode=SimpleNamespace(is_extend=lambda: extending),
+            extend_num_tokens=self.extend_num_tokens,
         )
         self.runtime.begin_launch(batch)
         rows = self.runtime.rows_of_launch()
@@ -274,10 +276,18 @@ def test_pages_are_created_before_requests_begin_them(world: World) -> None:
     """Eight at once, for all that will need one in the next steps; none without a reserve."""
     slots, pages = list(range(12)), world.pool.pages
     world.prefill(slots, 2)  # they end at a page's edge
+    for now in (0.0, BURST_SECONDS):  # what this took is forgotten
+        world.runtime.policy.step(TREE, now)
     for reserve, created in ((0, 0), (1, 8), (1, 12), (1, 12)):
         world.runtime.policy.reserve_pages = reserve
         world.decode(slots)
         assert pages.num_free_backed == created
+    # Behind a prefill one more for each page that it fills; what was computed before says nothing of a decode step.
+    world.runtime.policy.reserve_pages, world.extend_num_tokens = 60, 20 * 16 + 15
+    world.decode(slots)
+    assert pages.num_free_backed == 12 + 8
+    world.prefill(slots, 2)
+    assert pages.num_free_backed == 12 + 8 + 8 + 20
     # One whose page has room for more steps than are looked ahead for needs none.
     layout = world.pool.layout
     world.pool.layout = dataclasses.replace(layout, page_tokens=128)
