@@ -6,13 +6,15 @@ import csv
 import re
 from pathlib import Path
 
+import pytest
 import workloads
 
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-def test_every_answer_names_its_rows() -> None:
-    table = (BENCH / "README.md").read_text().split("| --- |", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+@pytest.mark.parametrize("page", ("README.md", "history.md"))
+def test_every_answer_names_its_rows(page: str) -> None:
+    table = (BENCH / page).read_text().split("| --- |", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
     assert len(table) >= 10
     for line in table:
         question, _, where, *head = (cell.strip() for cell in line.strip("|").split("|"))
