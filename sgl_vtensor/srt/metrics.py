@@ -23,6 +23,7 @@ GAUGES: dict[str, str] = {
 }
 COUNTERS: dict[str, str] = {
     "pages_created": "Pages that were given physical memory.",
+    "pages_created_ahead": "Those of them that no launch waited for.",
     "pages_released": "Pages given back to the device.",
     "mappings_ahead": "Mappings made for requests that waited.",
     "tokens_hit": "Tokens of prompts that were found in the cache.",

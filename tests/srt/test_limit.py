@@ -28,7 +28,7 @@ IDLE_SECONDS = 2.0
 def running(start: Start) -> Iterator[SGLangServer]:
     flags = (f"--admin-api-key={KEY}", f"--vtensor-idle-seconds={IDLE_SECONDS}", "--vtensor-cache-seconds=6")
     memory = ("--max-total-tokens=2048", "--vtensor-memory-limit=90%")
-    with start(*VTENSOR, *flags, *memory, "--vtensor-debug", "--enable-metrics") as server:
+    with start(*VTENSOR, *flags, *memory, "--vtensor-reserve=2%", "--vtensor-debug", "--enable-metrics") as server:
         yield server
 
 
@@ -250,6 +250,7 @@ def test_prometheus_is_told_what_server_info_says(server: SGLangServer, stock: S
     assert values["vtensor_mapping_wait_seconds_count",] == figures["mapping_waits"] > 0
     assert values["vtensor_mapping_wait_seconds_sum",] == pytest.approx(figures["mapping_wait_seconds"])
     assert values["vtensor_pages_created_total",] == figures["pages_created"] == figures["pages_released"]
+    assert values["vtensor_pages_created_ahead_total",] == figures["pages_created_ahead"] > 0
     for kind, calls in figures["driver_calls"].items():
         assert values["vtensor_driver_seconds_count", kind] == calls
         assert values["vtensor_driver_seconds_sum", kind] == pytest.approx(figures["driver_seconds"][kind])
