@@ -16,11 +16,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from results import Results
 
@@ -162,9 +164,9 @@ def _behind_a_kernel(gpu: Gpu, page: Callable[[Timed], None], asked: str, num_st
         page(timed)
 
 
-def neighbour(name: str, num_bytes: int, ready: Event, stop: Event) -> None:
+def neighbour(name: Literal["cuda", "host"], num_bytes: int, ready: Event, stop: Event) -> None:
     """Another process, whose pages come and go without a pause."""
-    with _opened(name) as driver:
+    with closing(open_driver(name)) as driver:
         base = driver.reserve(2 * num_bytes)
         ready.set()
         while not stop.is_set():
@@ -173,7 +175,7 @@ def neighbour(name: str, num_bytes: int, ready: Event, stop: Event) -> None:
 
 
 @contextmanager
-def neighbours(number: int, name: str, num_bytes: int) -> Iterator[None]:
+def neighbours(number: int, name: Literal["cuda", "host"], num_bytes: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     stop, ready = context.Event(), [context.Event() for _ in range(number)]
     processes = [context.Process(target=neighbour, args=(name, num_bytes, event, stop)) for event in ready]
@@ -190,15 +192,6 @@ def neighbours(number: int, name: str, num_bytes: int) -> Iterator[None]:
             process.join()
 
 
-@contextmanager
-def _opened(name: str) -> Iterator[VmmDriver]:
-    driver = open_driver(name)  # type: ignore[arg-type]  # one of the two literals
-    try:
-        yield driver
-    finally:
-        driver.close()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,20 +201,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernel-ms", type=float, default=50.0, help="work in front of a call (%(default)s)")
     parser.add_argument("--out", type=Path, help="a folder for a copy of the rows")
     options = parser.parse_args(argv)
-    name = "cuda" if cuda else "host"
+    name: Literal["cuda", "host"] = "cuda" if cuda else "host"
     if not cuda:
         print("no GPU: what the host driver's calls to Linux cost, which says nothing of a GPU's")
     results = Results("driver", options.out, keep=cuda)
     for size in options.pages:
         for number in options.neighbours:
-            with neighbours(number, name, size * MIB), _opened(name) as driver:
+            with neighbours(number, name, size * MIB), closing(open_driver(name)) as driver:
                 times = measure(driver, Gpu() if cuda else None, size * MIB, options.calls, options.kernel_ms)
             case = f"pages of {size} MiB, {number} neighbours"
             print(case)
             for kind, values in times.items():
                 results.add(case, name, kind, "us", values)
-                ordered = sorted(values)
-                middle, late = ordered[len(ordered) // 2], ordered[int(0.99 * len(ordered))]
+                middle, late = np.percentile(values, (50, 99))
                 print(f"  {kind:<32} {middle:10.1f} us, p99 {late:10.1f}", flush=True)
 
 

@@ -9,12 +9,11 @@ Lengths of chat turns (``Lengths``): their means are published, the log-normal s
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 VOCABULARY = range(1000, 40000)
@@ -182,7 +181,7 @@ def asked(text: str, seed: int, *, scale: float) -> Workload:
     """The workload of a name that a command line took."""
     name, users, rate = _parsed(text)
     built = build(name, seed, scale=scale, users=users, rate=rate)
-    return dataclasses.replace(built, name=text) if rate else built
+    return replace(built, name=text) if rate else built
 
 
 def build(

@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
@@ -63,7 +63,7 @@ def examine(say: Callable[[str], None]) -> Iterator[Finding]:
         yield _package("cuda-python", "cuda.bindings", "pip install cuda-python", "failure")
         yield _package("FlashAttention-3", "sgl_kernel", "reinstall SGLang; Triton kernels serve without it", "warning")
     try:
-        with _opened(on_cuda) as driver:
+        with closing(open_driver("cuda" if on_cuda else "host")) as driver:
             yield _memory(driver)
             yield _round_trip(driver)
     except VTensorError as error:
@@ -138,15 +138,6 @@ def _package(check: str, module: str, remedy: str, missing: Status) -> Finding:
     if importlib.util.find_spec(module.split(".")[0]) is not None:
         return Finding(check, "ok", f"{module} is there")
     return Finding(check, missing, f"{module} is missing", remedy)
-
-
-@contextmanager
-def _opened(on_cuda: bool) -> Iterator[VmmDriver]:
-    driver = open_driver("cuda" if on_cuda else "host")
-    try:
-        yield driver
-    finally:
-        driver.close()
 
 
 def _memory(driver: VmmDriver) -> Finding:

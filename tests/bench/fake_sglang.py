@@ -40,8 +40,8 @@ class FakeServer:
     vanished: int = 0
     """Clients that were gone before their last token."""
     pool: dict[str, Any] = field(default_factory=dict)
-    """The vtensor section of ``/server_info``; for each token asked a driver call of 1 ms
-    and two looks at free memory of 0.25 ms, for each request a wait."""
+    """The vtensor section of ``/server_info``; for each token asked a driver call of 1 ms and two
+    looks at free memory of 0.25 ms, for each request a wait."""
     url: str = ""
 
     async def health(self, request: web.Request) -> web.Response:
