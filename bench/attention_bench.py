@@ -147,6 +147,7 @@ class Inputs:
             layers //= 2
         row_tokens = row_pages * page_tokens
         self.page_tokens = page_tokens
+        self.layers = layers
         self.views = [
             tuple(
                 memory.window.as_strided(

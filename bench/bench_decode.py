@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from attention_bench import Call, Inputs, Shape, arguments, chat, equal, measure
-from bench_prefill import fa3_paged, fa3_view, flashinfer_pages
+from bench_prefill import fa3_layered, fa3_paged, fa3_view, flashinfer_pages
 from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode_attention
 
 SHAPES = [equal(batch, length - 1, 1) for batch, length in ((1, 8192), (8, 4096), (64, 2048), (32, 8192), (128, 1024))]
@@ -126,6 +126,7 @@ IMPLEMENTATIONS = {
     "fa3-homes-p1": fa3_paged(1),
     "fa3-paged-p64": fa3_paged(64),
     "fa3-paged-p128": fa3_paged(128),
+    "fa3-layered": fa3_layered,
     "sglang-triton-p1": sglang_triton,
     "torch-sdpa-view": sdpa_view,
     "flashinfer-paged": flashinfer_paged,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 from attention_bench import Call, Inputs, Make, Shape, arguments, chat, equal, measure
-from vtensor_kernels import prefill_attention
-from vtensor_kernels.prefill import choose_config
+from vtensor_kernels import prefill_attention, prefill_schedule
+from vtensor_kernels.prefill import PrefillConfig, choose_config
 
 SHAPES = [
     equal(1, 0, 8192),
@@ -57,14 +57,18 @@ def vtensor_loop(inputs: Inputs, shape: Shape) -> Call:
     return _vtensor(inputs, shape, config=dataclasses.replace(config, hopper=False))
 
 
-def _vtensor(inputs: Inputs, shape: Shape, **options: object) -> Call:
+def _vtensor(inputs: Inputs, shape: Shape, config: PrefillConfig | None = None) -> Call:
+    """The schedule is made before, as a forward pass makes it once for all layers."""
     out = torch.empty_like(inputs.q)
+    schedule = prefill_schedule(
+        inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new, config=config
+    )  # fmt: skip
 
     def call(layer: int) -> torch.Tensor:
         k, v = inputs.views[layer]
         prefill_attention(
             inputs.q, k, v, out, inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
-            max_kv_len=max(shape.lengths), sm_scale=inputs.sm_scale, **options,
+            max_kv_len=max(shape.lengths), sm_scale=inputs.sm_scale, config=config, schedule=schedule,
         )  # fmt: skip
         return out
 
@@ -78,6 +82,19 @@ def _fa3(shape: Shape) -> Callable[..., torch.Tensor]:
         # A build that lacks a width ends the process.
         raise ValueError(f"head_dim {shape.head_dim} is not in every build of FlashAttention-3")
     return flash_attn_with_kvcache
+
+
+def _fa3_schedule(shape: Shape, inputs: Inputs, page_tokens: int) -> torch.Tensor | None:
+    """Of decode, which SGLang computes once a forward pass; an extend has none."""
+    if shape.max_new > 1:
+        return None
+    from sgl_kernel.flash_attn import get_scheduler_metadata
+
+    return get_scheduler_metadata(
+        batch_size=shape.batch, max_seqlen_q=1, max_seqlen_k=max(shape.lengths), num_heads=shape.q_heads,
+        num_heads_k=shape.kv_heads, headdim=shape.head_dim, cache_seqlens=inputs.kv_lens,
+        qkv_dtype=inputs.q.dtype, cu_seqlens_q=inputs.qo_indptr, page_size=page_tokens, causal=True,
+    )  # fmt: skip
 
 
 def fa3_view(inputs: Inputs, shape: Shape) -> Call:
@@ -124,23 +141,14 @@ def fa3_view_each(inputs: Inputs, shape: Shape) -> Call:
 def fa3_paged(page_tokens: int, *, stock: bool = False) -> Make:
     """As SGLang calls it. ``stock``: on SGLang's own pools, with page 1, its default on Hopper; else over the homes.
 
-    Homes are token-major and lie in random order. Decode gets its schedule ready, as SGLang computes that once a
-    forward pass.
+    Homes are token-major and lie in random order.
     """
 
     def make(inputs: Inputs, shape: Shape) -> Call:
         attend = _fa3(shape)
         pools = inputs.pools if stock else inputs.homes
         table = inputs.slots if stock else inputs.page_table(page_tokens)
-        schedule = None
-        if shape.max_new == 1:
-            from sgl_kernel.flash_attn import get_scheduler_metadata
-
-            schedule = get_scheduler_metadata(
-                batch_size=shape.batch, max_seqlen_q=1, max_seqlen_k=max(shape.lengths), num_heads=shape.q_heads,
-                num_heads_k=shape.kv_heads, headdim=shape.head_dim, cache_seqlens=inputs.kv_lens,
-                qkv_dtype=inputs.q.dtype, cu_seqlens_q=inputs.qo_indptr, page_size=page_tokens, causal=True,
-            )  # fmt: skip
+        schedule = _fa3_schedule(shape, inputs, page_tokens)
 
         def call(layer: int) -> torch.Tensor:
             k, v = (pool.unflatten(0, (-1, page_tokens)) for pool in pools[layer])
@@ -152,6 +160,31 @@ def fa3_paged(page_tokens: int, *, stock: bool = False) -> Make:
         return call
 
     return make
+
+
+def fa3_layered(inputs: Inputs, shape: Shape) -> Call:
+    """On pages that hold layer after layer, so that a layer's tokens lie side by side: what a page's own order costs.
+
+    A copy: such pages have no rows in which tokens are evenly spaced.
+    """
+    attend = _fa3(shape)
+    pages = inputs.views[0][0].shape[0] * inputs.views[0][0].shape[1] // inputs.page_tokens
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).to(inputs.q.device)
+    memory = inputs.q.new_empty(pages, inputs.layers, 2, inputs.page_tokens, shape.kv_heads, shape.head_dim)
+    for layer, view in enumerate(inputs.views):
+        for part, keys in enumerate(view):
+            memory[order, layer, part] = keys.reshape(pages, inputs.page_tokens, shape.kv_heads, shape.head_dim)
+    table = order.view(shape.batch, -1).int()
+    schedule = _fa3_schedule(shape, inputs, inputs.page_tokens)
+
+    def call(layer: int) -> torch.Tensor:
+        return attend(
+            inputs.q, memory[:, layer, 0], memory[:, layer, 1], cache_seqlens=inputs.kv_lens, page_table=table,
+            cu_seqlens_q=inputs.qo_indptr, max_seqlen_q=shape.max_new, causal=True, softmax_scale=inputs.sm_scale,
+            scheduler_metadata=schedule,
+        )  # fmt: skip
+
+    return call
 
 
 def flashinfer_paged(inputs: Inputs, shape: Shape) -> Call:
@@ -228,6 +261,7 @@ IMPLEMENTATIONS = {
     "fa3-homes-p1": fa3_paged(1),
     "fa3-paged-p64": fa3_paged(64),
     "fa3-paged-p128": fa3_paged(128),
+    "fa3-layered": fa3_layered,
     "sglang-triton-p1": sglang_triton,
     "torch-sdpa-view": sdpa_view,
     "flashinfer-paged": flashinfer_paged,

@@ -12,6 +12,9 @@ import json
 import math
 import multiprocessing
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,15 +43,17 @@ DECODE_SHAPES = [
     Shape((29999, *(511,) * 31), (1,) * 32, label="one30k+31x512"),
 ]
 PREFILL_SHAPES = [
-    equal(1, 4096, 256),
-    equal(8, 4096, 16),
-    equal(1, 32768, 256),
-    chat(8, decode=False),
-    equal(16, 3968, 64),
-    equal(1, 32768, 16),
-    equal(1, 4096, 16),
     equal(1, 0, 256),
+    equal(1, 4096, 16),
     equal(64, 1024, 16),
+    equal(8, 0, 256),
+    equal(8, 4096, 16),
+    equal(1, 32768, 16),
+    chat(8, decode=False),
+    equal(8, 0, 2048),
+    equal(1, 4096, 256),
+    equal(1, 32768, 256),
+    equal(16, 3968, 64),
     equal(8, 4096, 64),
     equal(2, 8192, 128),
     equal(1, 0, 2048),
@@ -100,24 +105,44 @@ def prefill_configs() -> dict[str, PrefillConfig | None]:
         "m128n128w8s3": PrefillConfig(128, 128, 8, 3),
         "m64n128w4s3": PrefillConfig(64, 128, 4, 3),
         "m64n64w4s4": PrefillConfig(64, 64, 4, 4),
+        "m64n64w4s3": PrefillConfig(64, 64, 4, 3),
+        "m64n32w4s4": PrefillConfig(64, 32, 4, 4),
     }
     found: dict[str, PrefillConfig | None] = {"chosen": None}
     for name, config in tiles.items():
-        for splits in (1, 2, 3, 4, 6, 12) if name != "m64n64w4s4" else (1, 2, 4, 8):
+        for splits in (1, 2, 3, 4, 6, 12) if config.block_n == 128 else (1, 2, 4, 8):
             found[f"{name} x{splits}"] = PrefillConfig(
                 config.block_m, config.block_n, config.num_warps, config.num_stages, config.hopper, splits
             )
     return found
 
 
+@contextmanager
+def combined(values: int, stages: int, blocks: float) -> Iterator[None]:
+    """Decode's COMBINED_VALUES, COMBINE_STAGES and COMBINE_BLOCKS for a while."""
+    names = ("COMBINED_VALUES", "COMBINE_STAGES", "COMBINE_BLOCKS")
+    usual = [getattr(decode_module, name) for name in names]
+    for name, value in zip(names, (values, stages, blocks), strict=True):
+        setattr(decode_module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, usual, strict=True):
+            setattr(decode_module, name, value)
+
+
 def decode(
-    config: DecodeConfig | None, loads: str = "auto", *, scheduled: bool = True, combine: int | None = None
+    config: DecodeConfig | None,
+    loads: str = "auto",
+    *,
+    scheduled: bool = True,
+    combine: tuple[int, int, float] | None = None,
 ) -> Make:
     """Our decode, its schedule made before, as for all layers of a pass but the first.
 
-    ``combine``: another COMBINED_VALUES than the kernel's.
+    ``combine``: as ``combined`` takes them, instead of the kernel's own.
     """
-    usual = decode_module.COMBINED_VALUES
+    other = partial(combined, *combine) if combine else nullcontext
 
     def make(inputs: Inputs, shape: Shape) -> Call:
         out = torch.empty_like(inputs.q)
@@ -126,17 +151,17 @@ def decode(
         )
         schedule = None
         if scheduled:
-            schedule = DecodeSchedule(workspace, inputs.views[0][0], shape.batch, config=config)
-            schedule.update(inputs.rows, inputs.kv_lens)
+            with other():
+                schedule = DecodeSchedule(workspace, inputs.views[0][0], shape.batch, config=config)
+                schedule.update(inputs.rows, inputs.kv_lens)
 
         def call(layer: int) -> torch.Tensor:
             k, v = inputs.views[layer]
-            decode_module.COMBINED_VALUES = combine or usual
-            decode_attention(
-                inputs.q, k, v, out, inputs.rows, inputs.kv_lens, workspace=workspace, sm_scale=inputs.sm_scale,
-                loads=loads, schedule=schedule, config=config,
-            )  # fmt: skip
-            decode_module.COMBINED_VALUES = usual
+            with other():
+                decode_attention(
+                    inputs.q, k, v, out, inputs.rows, inputs.kv_lens, workspace=workspace, sm_scale=inputs.sm_scale,
+                    loads=loads, schedule=schedule, config=config,
+                )  # fmt: skip
             return out
 
         return call
@@ -144,7 +169,9 @@ def decode(
     return make
 
 
-def prefill(config: PrefillConfig | None, *, scheduled: bool = False) -> Make:
+def prefill(config: PrefillConfig | None, loads: str = "auto") -> Make:
+    """Our prefill, its schedule made before, as for all layers of a pass but the first."""
+
     def make(inputs: Inputs, shape: Shape) -> Call:
         out = torch.empty_like(inputs.q)
         pairs = shape.max_new * shape.q_heads // shape.kv_heads
@@ -155,17 +182,15 @@ def prefill(config: PrefillConfig | None, *, scheduled: bool = False) -> Make:
                 raise ValueError("more splits than could help")
             if config.block_m == 64 and pairs > 256 and programs > 264:
                 raise ValueError("larger tiles are for this")
-        schedule = None
-        if scheduled:
-            schedule = prefill_schedule(
-                inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new, config=config
-            )  # fmt: skip
+        schedule = prefill_schedule(
+            inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new, config=config
+        )  # fmt: skip
 
         def call(layer: int) -> torch.Tensor:
             k, v = inputs.views[layer]
             prefill_attention(
                 inputs.q, k, v, out, inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
-                sm_scale=inputs.sm_scale, config=config, schedule=schedule,
+                max_kv_len=max(shape.lengths), sm_scale=inputs.sm_scale, loads=loads, config=config, schedule=schedule,
             )  # fmt: skip
             return out
 
@@ -183,10 +208,12 @@ BASELINES: dict[str, Make] = {
 
 def ours(bench: str) -> dict[str, Make]:
     if bench == "prefill":
-        plain = {name: prefill(config) for name, config in prefill_configs().items()}
-        hopper = {name: config for name, config in prefill_configs().items() if config is not None and config.hopper}
-        scheduled = {f"{name} scheduled": prefill(config, scheduled=True) for name, config in hopper.items()}
-        return {**plain, **scheduled}
+        configs = prefill_configs()
+        few = {name: config for name, config in configs.items() if config is not None and config.block_m == 64}
+        return {
+            **{name: prefill(config) for name, config in configs.items()},
+            **{f"{name} pointer": prefill(config, "pointer") for name, config in few.items()},
+        }
     found = {name: decode(config) for name, config in decode_configs().items()}
     first = next(iter(decode_configs().values()))
     alone = DecodeConfig(64, 4, 3, 128, 1)
@@ -195,8 +222,15 @@ def ours(bench: str) -> dict[str, Make]:
         "first, own schedule": decode(first, scheduled=False),
         "first, tma": decode(first, "tma"),
         "alone, tma": decode(alone, "tma"),
-        **{f"alone, combine {values}": decode(alone, combine=values) for values in (2048, 4096, 16384)},
-        "first, combine 16384": decode(first, combine=16384),
+        # Cut so that one request of 8192 tokens with one kv head of 8 query heads has ``share`` blocks in each part.
+        **{
+            f"alone, combine {values} s{stages} share {share}": decode(
+                alone, combine=(values, stages, values / 1024 * share * share / 128 * 1.01)
+            )
+            for values, stages in ((8192, 1), (4096, 1), (4096, 3), (2048, 4), (2048, 6), (1024, 8))
+            for share in (2, 4, 6, 8)
+        },
+        "first, combine 2048 s4 b1": decode(first, combine=(2048, 4, 1)),
     }
 
 

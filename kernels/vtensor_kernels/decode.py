@@ -18,6 +18,8 @@ MAX_HEADS_A_TILE = 64
 """Query heads of a group in one tile; larger groups take several, each reading K and V again."""
 COMBINED_VALUES = 8192
 """Of the parts of a request, so many values at a time are combined: 64 registers of a thread."""
+COMBINE_STAGES = 1
+"""So many such loads are under way."""
 COMBINE_BLOCKS = 3
 """What that costs, in blocks of keys that a program reads: one kv head, 1 x 8192 in 64 parts took 34 us on an H100."""
 _ENTRY = 4
@@ -223,6 +225,7 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,  # parts that are combined at a time
+    COMBINE_STAGES: tl.constexpr,
     HEADS_P2: tl.constexpr,  # heads in a tile, as a power of 2
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -311,7 +314,7 @@ def _decode_kernel(
             if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == parts - 1:
                 _combine(
                     out_base, partial_ptr, lse_ptr, sinks_ptr, first, parts, first_head, heads_here, stride_out_head,
-                    Q_HEADS, V_DIM, BLOCK_DV, BLOCK_S, HEADS_P2, HAS_SINKS,
+                    Q_HEADS, V_DIM, BLOCK_DV, BLOCK_S, COMBINE_STAGES, HEADS_P2, HAS_SINKS,
                 )  # fmt: skip
                 tl.store(arrivals, 0)
         block = stop
@@ -324,8 +327,8 @@ def _decode_kernel(
 @triton.jit
 def _combine(
     out_base, partial_ptr, lse_ptr, sinks_ptr, first, parts, first_head, heads_here, stride_out_head,
-    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, HEADS_P2: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
+    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+    COMBINE_STAGES: tl.constexpr, HEADS_P2: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """out = sum_s 2^(lse_s - lse) partial_s for one request and tile; parts are in shares from ``first`` on."""
     in_tile = tl.arange(0, HEADS_P2)
@@ -338,7 +341,7 @@ def _combine(
     if HAS_SINKS:  # a sink counts once
         biggest = tl.load(sinks_ptr + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
         total += 1.0
-    for start in range(0, parts, BLOCK_S):
+    for start in tl.range(0, parts, BLOCK_S, num_stages=COMBINE_STAGES):
         number = start + tl.arange(0, BLOCK_S)
         slot = 2 * (first + number) + tl.where(number == 0, 1, 0)  # the first part goes on behind its share
         part = slot[:, None] * Q_HEADS + head[None, :]
@@ -445,6 +448,7 @@ def decode_attention(
         BLOCK_D=tile.block_dim(head_dim),
         BLOCK_DV=tile.block_dim(v_head_dim),
         BLOCK_S=schedule.parts_at_a_time,
+        COMBINE_STAGES=COMBINE_STAGES,
         HEADS_P2=schedule.heads_p2,
         HAS_CAP=logit_cap > 0,
         HAS_WINDOW=sliding_window > 0,
