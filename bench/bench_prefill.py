@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from attention_bench import Call, Inputs, Make, Shape, arguments, chat, equal, measure
 from vtensor_kernels import prefill_attention, prefill_schedule
-from vtensor_kernels.prefill import PrefillConfig, choose_config
+from vtensor_kernels.prefill import PrefillConfig, tile_configs
 
 SHAPES = [
     equal(1, 0, 8192),
@@ -52,8 +52,7 @@ def vtensor_triton(inputs: Inputs, shape: Shape) -> Call:
 
 def vtensor_loop(inputs: Inputs, shape: Shape) -> Call:
     """The portable Triton loop also where a Hopper kernel exists."""
-    group = shape.q_heads // shape.kv_heads
-    config = choose_config(90, shape.head_dim, shape.head_dim, torch.bfloat16, shape.max_new * group)
+    _, config = tile_configs(90, shape.head_dim, shape.head_dim, torch.bfloat16)
     return _vtensor(inputs, shape, config=dataclasses.replace(config, hopper=False))
 
 
@@ -61,14 +60,15 @@ def _vtensor(inputs: Inputs, shape: Shape, config: PrefillConfig | None = None) 
     """The schedule is made before, as a forward pass makes it once for all layers."""
     out = torch.empty_like(inputs.q)
     schedule = prefill_schedule(
-        inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new, config=config
+        inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
+        max_kv_len=max(shape.lengths), config=config,
     )  # fmt: skip
 
     def call(layer: int) -> torch.Tensor:
         k, v = inputs.views[layer]
         prefill_attention(
             inputs.q, k, v, out, inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
-            max_kv_len=max(shape.lengths), sm_scale=inputs.sm_scale, config=config, schedule=schedule,
+            sm_scale=inputs.sm_scale, schedule=schedule,
         )  # fmt: skip
         return out
 

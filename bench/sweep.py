@@ -8,6 +8,7 @@ Compiles first, in several processes, which fill Triton's cache. Ends after --se
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -110,10 +111,8 @@ def prefill_configs() -> dict[str, PrefillConfig | None]:
     }
     found: dict[str, PrefillConfig | None] = {"chosen": None}
     for name, config in tiles.items():
-        for splits in (1, 2, 3, 4, 6, 12) if config.block_n == 128 else (1, 2, 4, 8):
-            found[f"{name} x{splits}"] = PrefillConfig(
-                config.block_m, config.block_n, config.num_warps, config.num_stages, config.hopper, splits
-            )
+        for splits in (1, 2, 3, 4, 6, 12) if config.block_n == 128 else (1, 2, 4, 8, 16, 32):
+            found[f"{name} x{splits}"] = dataclasses.replace(config, splits=splits, min_split_tokens=256)
     return found
 
 
@@ -183,14 +182,15 @@ def prefill(config: PrefillConfig | None, loads: str = "auto") -> Make:
             if config.block_m == 64 and pairs > 256 and programs > 264:
                 raise ValueError("larger tiles are for this")
         schedule = prefill_schedule(
-            inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new, config=config
+            inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
+            max_kv_len=max(shape.lengths), config=config,
         )  # fmt: skip
 
         def call(layer: int) -> torch.Tensor:
             k, v = inputs.views[layer]
             prefill_attention(
                 inputs.q, k, v, out, inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
-                max_kv_len=max(shape.lengths), sm_scale=inputs.sm_scale, loads=loads, config=config, schedule=schedule,
+                sm_scale=inputs.sm_scale, loads=loads, schedule=schedule,
             )  # fmt: skip
             return out
 
@@ -222,15 +222,15 @@ def ours(bench: str) -> dict[str, Make]:
         "first, own schedule": decode(first, scheduled=False),
         "first, tma": decode(first, "tma"),
         "alone, tma": decode(alone, "tma"),
+        "chosen": decode(None),
         # Cut so that one request of 8192 tokens with one kv head of 8 query heads has ``share`` blocks in each part.
         **{
             f"alone, combine {values} s{stages} share {share}": decode(
                 alone, combine=(values, stages, values / 1024 * share * share / 128 * 1.01)
             )
-            for values, stages in ((8192, 1), (4096, 1), (4096, 3), (2048, 4), (2048, 6), (1024, 8))
-            for share in (2, 4, 6, 8)
+            for values, stages in ((8192, 1), (2048, 6), (1024, 8), (1024, 12))
+            for share in (3, 4, 5)
         },
-        "first, combine 2048 s4 b1": decode(first, combine=(2048, 4, 1)),
     }
 
 

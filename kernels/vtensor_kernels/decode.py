@@ -16,12 +16,13 @@ from vtensor_kernels import tile
 
 MAX_HEADS_A_TILE = 64
 """Query heads of a group in one tile; larger groups take several, each reading K and V again."""
-COMBINED_VALUES = 8192
-"""Of the parts of a request, so many values at a time are combined: 64 registers of a thread."""
-COMBINE_STAGES = 1
-"""So many such loads are under way."""
-COMBINE_BLOCKS = 3
-"""What that costs, in blocks of keys that a program reads: one kv head, 1 x 8192 in 64 parts took 34 us on an H100."""
+COMBINED_VALUES = 1024
+"""Of the parts of a request, so many values at a time are combined."""
+COMBINE_STAGES = 8
+"""So many such loads are under way: one program reads what another wrote, which takes a microsecond."""
+COMBINE_BLOCKS = 0.125
+"""What that costs, in blocks of keys that a program reads. One request of 8192 tokens with one kv head, on an H200: in
+32 parts 13.0 us, in 64 15.1, in 16 14.6; 20.7 with loads of 8192 values one after the other."""
 _ENTRY = 4
 """int32 an entry of a schedule: a share's first request, its row, its length, and its first block among all."""
 
@@ -464,9 +465,11 @@ def decode_attention(
 def choose_config(capability: int, width: int, dtype: torch.dtype, batch: int) -> DecodeConfig:
     """Tile sizes for a device (90 = sm_90, 0 = interpreter), the widest head and a number of requests.
 
-    From ``bench/sweep.py decode`` on an H100. Few long requests are read fastest by one program a processor (1 x 8192:
-    19.4 us, 22.3 with two), many requests by four (64 x 2048: 184.4 us, 189.9 with two); a share of 128 tokens is worth
-    a program (1 x 1024: 9.0 us, 10.9 with 256). ``programs`` is no part of what is compiled.
+    From ``bench/sweep.py decode``. Few long requests are read fastest by one program a processor (1 x 8192 on an H100:
+    19.4 us, 22.3 with two) that has four blocks under way (1 x 131072 on an H200: 139.5 us, 144 with three), many
+    requests by four (64 x 2048: 184.4 us, 189.9 with two); a share of 128 tokens is worth a program (1 x 1024: 9.0 us,
+    10.9 with 256). Of heads of 64 a block of 128 tokens is as many bytes (16 x 4096: 40.8 us, 53.7 with 64 tokens and
+    one program). ``programs`` is no part of what is compiled.
     """
     if capability == 0:
         return DecodeConfig(block_n=32, num_warps=4, num_stages=1, min_tokens=64)
@@ -476,5 +479,12 @@ def choose_config(capability: int, width: int, dtype: torch.dtype, batch: int) -
     stages = 2 if tile.has_little_shared(capability) else 3
     if width > 128:
         return DecodeConfig(block_n=32, num_warps=4, num_stages=stages, min_tokens=256)
-    programs = 2 if capability < 90 or 16 < batch < 64 else 1 if batch <= 16 else 4
+    if capability < 90:
+        return DecodeConfig(block_n=64, num_warps=4, num_stages=stages, min_tokens=128)
+    if width <= 64:
+        programs = 2 if batch < 64 else 4
+        return DecodeConfig(block_n=128, num_warps=4, num_stages=stages, min_tokens=128, programs=programs)
+    if batch <= 16 and not tile.has_little_shared(capability):
+        return DecodeConfig(block_n=64, num_warps=4, num_stages=4, min_tokens=128, programs=1)
+    programs = 1 if batch <= 16 else 2 if batch < 64 else 4
     return DecodeConfig(block_n=64, num_warps=4, num_stages=stages, min_tokens=128, programs=programs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -12,9 +13,11 @@ from vtensor_kernels import tile
 
 MAX_SPLITS = 32
 MIN_SPLIT_TOKENS = 1024
-"""A split shorter than this costs more in the second kernel than it wins."""
+"""A split shorter than this costs more in the second kernel than it wins; with small tiles, half of it."""
 FEW_PAIRS = 64
 """Up to so many (token, query head) pairs of a request and kv head, tiles are small."""
+FULL_SHARE = 0.75
+"""Where large tiles would keep no larger share of the processors busy, tiles are small, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +30,23 @@ class PrefillConfig:
     num_stages: int
     hopper: bool = False
     """Whether the kernel of ``prefill_hopper`` serves, where it can; its tile sizes are its own."""
+    tma: bool = True
+    """Whether the copy engine reads K and V, where it can: a program's descriptors take as long as 128 short keys."""
+    programs: int = 1
+    """Programs a processor, as far as keys are split to have so many."""
+    min_split_tokens: int = 1024
     splits: int | None = None
     """Programs that share a tile's keys; None: as many as fill the device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillSchedule:
+    """What the calls of a pass share that differ in q, k, v and out only. Made by ``prefill_schedule``."""
+
+    table: torch.Tensor
+    """[tiles, 8] int32."""
+    config: PrefillConfig
+    splits: int
 
 
 _ENTRY = 8
@@ -334,7 +352,7 @@ def prefill_attention(
     max_kv_len: int | None = None,
     loads: str = "auto",
     config: PrefillConfig | None = None,
-    schedule: torch.Tensor | None = None,
+    schedule: PrefillSchedule | None = None,
 ) -> None:
     """Attention of each request's new queries over its row. Writes ``out``, and ``lse`` where given.
 
@@ -360,9 +378,10 @@ def prefill_attention(
         lse: [num_tokens, q_heads] float32, receives the natural log of the denominator, sink included.
         max_kv_len: an upper bound of ``kv_lens``, where the host knows one: short rows' keys are not split, which takes
             a second launch. None: ``max_tokens``.
-        loads: "tma", "pointer", or "auto" for whichever this device and layout allow.
+        loads: "tma", "pointer", or "auto" for whichever is faster, as far as this device and layout allow it.
         config: tile sizes, for measurements; the default is chosen by device and shape.
-        schedule: of ``prefill_schedule``, for calls that differ in q, k, v and out only; saves a launch a layer.
+        schedule: of ``prefill_schedule``, for calls that differ in q, k, v and out only; saves a launch a layer. It
+            brings its ``config``, and ``max_kv_len`` has had its say.
 
     Raises:
         ValueError: a layout, dtype or device that the kernel does not take; the message says what to change.
@@ -377,23 +396,18 @@ def prefill_attention(
         return
 
     group = q_heads // kv_heads
-    use_tma = tile.use_descriptors(loads, k, v)
-    if config is None:
-        config = choose_config(tile.capability(q.device), head_dim, v_head_dim, q.dtype, max_q_len * group)
     if schedule is None:
         schedule = prefill_schedule(
-            q, k, v, rows, qo_indptr, kv_lens, max_q_len, causal=causal, config=config
+            q, k, v, rows, qo_indptr, kv_lens, max_q_len, causal=causal, max_kv_len=max_kv_len, config=config
         )  # fmt: skip
-    hopper = config.hopper and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
+    config, splits = schedule.config, schedule.splits
     tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
-    if schedule.shape[0] != tiles:
-        raise ValueError(f"the schedule has {schedule.shape[0]} tiles and these queries {tiles}: make one for them")
-    splits, min_split = config.splits, 256  # as asked for, if not absurd
-    if splits is None:
-        min_split = MIN_SPLIT_TOKENS
-        longest = k.shape[1] if max_kv_len is None else max_kv_len
-        useful = min(MAX_SPLITS, triton.cdiv(longest, MIN_SPLIT_TOKENS))
-        splits = max(min(useful, tile.processors(q.device) // (tiles * kv_heads)), 1)
+    if schedule.table.shape[0] != tiles:
+        raise ValueError(
+            f"the schedule has {schedule.table.shape[0]} tiles and these queries {tiles}: make one for them"
+        )
+    use_tma = (loads != "auto" or config.tma) and tile.use_descriptors(loads, k, v)
+    hopper = config.hopper and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
     target, target_lse = out, lse
     if splits > 1:
         target = torch.empty(splits, num_tokens, q_heads, v_head_dim, dtype=torch.float32, device=q.device)
@@ -404,14 +418,14 @@ def prefill_attention(
         from vtensor_kernels.prefill_hopper import prefill_hopper  # Gluon, needed here only
 
         prefill_hopper(
-            q, k, v, target, target_lse, schedule, splits,
-            scale=scale, causal=causal, v_scale=v_scale, min_split=min_split,
+            q, k, v, target, target_lse, schedule.table, splits,
+            scale=scale, causal=causal, v_scale=v_scale, min_split=config.min_split_tokens,
         )  # fmt: skip
     else:
         if use_tma and not tile.INTERPRETING:
             triton.set_allocator(tile.allocate_scratch)
         _prefill_kernel[(kv_heads, tiles, splits)](
-            q, k, v, target, target_lse, sinks, schedule, num_tokens, scale, cap, sliding_window, v_scale,
+            q, k, v, target, target_lse, sinks, schedule.table, num_tokens, scale, cap, sliding_window, v_scale,
             *q.stride()[:2],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -426,7 +440,7 @@ def prefill_attention(
             BLOCK_DV=tile.block_dim(v_head_dim),
             ENTRY=_ENTRY,
             SPLIT=splits > 1,
-            MIN_SPLIT=min_split,
+            MIN_SPLIT=config.min_split_tokens,
             CAUSAL=causal,
             HAS_CAP=logit_cap > 0,
             HAS_WINDOW=sliding_window > 0,
@@ -465,30 +479,43 @@ def prefill_schedule(
     max_q_len: int,
     *,
     causal: bool = True,
+    max_kv_len: int | None = None,
     config: PrefillConfig | None = None,
-) -> torch.Tensor:
-    """The order of the query tiles, longest rows first, made once for all layers of a pass.
+) -> PrefillSchedule:
+    """Who computes what: tile sizes, splits, and the order of the query tiles, longest rows first, for all layers.
 
     Nothing of it is computed on the host, and only shapes and dtypes of ``q``, ``k`` and ``v`` count. Arguments are as
-    ``prefill_attention`` takes them.
-
-    Returns:
-        [tiles, 8] int32, for calls with these ``rows``, lengths, ``max_q_len``, ``causal`` and ``config``.
+    ``prefill_attention`` takes them; the schedule is for calls with these ``rows``, lengths, ``max_q_len`` and
+    ``causal``.
     """
-    num_tokens, q_heads, head_dim = q.shape
-    kv_heads, v_head_dim = v.shape[2:]
+    num_tokens, q_heads = q.shape[:2]
+    kv_heads = k.shape[2]
     group = q_heads // kv_heads
     batch = rows.shape[0]
+    longest = k.shape[1] if max_kv_len is None else max_kv_len
+    processors = tile.processors(q.device)
+
+    def fit(config: PrefillConfig) -> tuple[int, int]:
+        """Its tiles and splits."""
+        tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
+        if config.splits is not None or not tiles:
+            return tiles, config.splits or 1
+        useful = min(MAX_SPLITS, triton.cdiv(longest, config.min_split_tokens))
+        return tiles, max(min(useful, config.programs * processors // (tiles * kv_heads)), 1)
+
     if config is None:
-        config = choose_config(tile.capability(q.device), head_dim, v_head_dim, q.dtype, max_q_len * group)
-    tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
-    schedule = torch.empty(tiles, _ENTRY, dtype=torch.int32, device=q.device)
+        few, config = tile_configs(tile.capability(q.device), k.shape[3], v.shape[3], q.dtype)
+        tiles, splits = fit(config)
+        if max_q_len * group <= FEW_PAIRS or tiles * kv_heads * splits <= FULL_SHARE * processors:
+            config = few
+    tiles, splits = fit(config)
+    table = torch.empty(tiles, _ENTRY, dtype=torch.int32, device=q.device)
     if tiles:
         _schedule_kernel[(tiles,)](
-            schedule, rows, qo_indptr, kv_lens, batch, group, config.block_m,
+            table, rows, qo_indptr, kv_lens, batch, group, config.block_m,
             BLOCK_B=tile.block_batch(batch), SORTED=batch <= 128, CAUSAL=causal, ENTRY=_ENTRY, num_warps=4,
         )  # fmt: skip
-    return schedule
+    return PrefillSchedule(table, config, splits)
 
 
 def _num_tiles(batch: int, num_tokens: int, max_q_len: int, group: int, block_m: int) -> int:
@@ -521,29 +548,32 @@ def _fits_hopper(
     )
 
 
-def choose_config(
-    capability: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, queries_per_kv_head: int
-) -> PrefillConfig:
-    """Tile sizes for a device (90 = sm_90, 0 = interpreter) and a shape.
+def tile_configs(
+    capability: int, head_dim: int, v_head_dim: int, dtype: torch.dtype
+) -> tuple[PrefillConfig, PrefillConfig]:
+    """Small and large tiles for a device (90 = sm_90, 0 = interpreter) and these heads.
 
-    Those of sm_90 were measured (``bench/bench_prefill.py``). The others are chosen by what the compiler says of them:
+    Those of sm_90 were measured (``bench/sweep.py prefill``). The others are chosen by what the compiler says of them:
     they fit, and spill little or nothing (``bench/compile_table.py``).
     """
+    make = functools.partial(PrefillConfig, min_split_tokens=MIN_SPLIT_TOKENS)
     if capability == 0:
-        return PrefillConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
+        config = make(32, 32, num_warps=4, num_stages=1)
+        return config, config
     width = tile.block_dim(max(head_dim, v_head_dim))
     if dtype == torch.float32:
-        return PrefillConfig(block_m=32, block_n=32, num_warps=4, num_stages=1 if width > 128 else 2)
-    few = queries_per_kv_head <= FEW_PAIRS
+        config = make(32, 32, num_warps=4, num_stages=1 if width > 128 else 2)
+        return config, config
     if tile.has_little_shared(capability):
         if width > 128:
-            return PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
-        return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=2)
+            config = make(64, 32, num_warps=8, num_stages=2)
+            return config, config
+        return make(64, 64, num_warps=4, num_stages=2), make(128, 64, num_warps=8, num_stages=2)
     if width > 128:
-        warps = 4 if few and capability == 90 else 8
-        return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=warps, num_stages=2)
+        few_warps = 4 if capability == 90 else 8
+        return make(64, 64, num_warps=few_warps, num_stages=2), make(128, 64, num_warps=8, num_stages=2)
     if capability > 90:  # with 128 keys its products leave too few registers
-        return PrefillConfig(block_m=64 if few else 128, block_n=64, num_warps=4 if few else 8, num_stages=3)
-    return PrefillConfig(
-        block_m=64 if few else 128, block_n=128, num_warps=4 if few else 8, num_stages=3, hopper=not few
-    )
+        return make(64, 64, num_warps=4, num_stages=3), make(128, 64, num_warps=8, num_stages=3)
+    few = make(64, 64, num_warps=4, num_stages=3, tma=False, programs=2)
+    few = dataclasses.replace(few, min_split_tokens=MIN_SPLIT_TOKENS // 2)
+    return few, make(128, 128, num_warps=8, num_stages=3, hopper=True)

@@ -35,19 +35,33 @@ def _blocks(
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
     MIN_SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """Key blocks [low, high) of a piece of work; none for an entry without queries."""
+    """A piece of work: keys [0, end) of its tile, of which it has key blocks [first, last), counted down from the end.
+
+    So no block but one of a row shorter than itself reaches behind the row's end. Where ``end`` is no multiple of a
+    block, the lowest begins at 0 all the same, and only its keys that no other has count: it is ``ragged``, and comes
+    second, among those that need a mask. An entry without queries has no blocks.
+    """
     end = kv_len
     if CAUSAL:
-        last = (tile_index * BLOCK_M + BLOCK_M - 1) // GROUP
-        end = gl.minimum(kv_len - q_len + last + 1, kv_len)
-    high = gl.where(q_len > 0, (gl.maximum(end, 0) + BLOCK_N - 1) // BLOCK_N, 0)
-    low = high * 0
+        highest = (tile_index * BLOCK_M + BLOCK_M - 1) // GROUP
+        end = gl.maximum(gl.minimum(kv_len - q_len + highest + 1, kv_len), 0)
+    last = gl.where(q_len > 0, (end + BLOCK_N - 1) // BLOCK_N, 0)
+    first = last * 0
+    ragged = gl.where((last > 1) & (end % BLOCK_N > 0), 1, 0)
     if SPLIT:
-        useful = gl.maximum(gl.minimum(splits, (high * BLOCK_N + MIN_SPLIT - 1) // MIN_SPLIT), 1)
-        share = (high + useful - 1) // useful
-        low = gl.minimum(split * share, high)
-        high = gl.minimum(low + share, high)
-    return low, high
+        useful = gl.maximum(gl.minimum(splits, (last * BLOCK_N + MIN_SPLIT - 1) // MIN_SPLIT), 1)
+        share = (last + useful - 1) // useful
+        all_blocks = last
+        first = gl.minimum(split * share, all_blocks)
+        last = gl.minimum(first + share, all_blocks)
+        ragged = gl.where((last == all_blocks) & (last > first + 1), ragged, 0)
+    return end, first, last, ragged
+
+
+@gluon.jit
+def _block(i, first, last, ragged):
+    """The block that comes i-th: the ragged one second."""
+    return gl.where((ragged > 0) & (i == 1), last - 1, first + i - gl.where(i > 1, ragged, 0))
 
 
 @gluon.jit
@@ -60,14 +74,14 @@ def _work(turn):
 
 @gluon.jit
 def _copy_blocks(
-    k_source, v_source, first, last, high, count, k_token, k_column, v_token, v_column,
+    k_source, v_source, end, first, last, ragged, count, k_token, k_column, v_token, v_column,
     k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy blocks high - 1 - first down to high - last, as stages become free."""
-    for i in range(first, last):
+    """Copy a piece of work's blocks, as stages become free."""
+    for i in range(last - first):
         stage = count % STAGES
         free_phase = (count // STAGES + 1) & 1
-        start = (high - 1 - i) * BLOCK_N
+        start = gl.maximum(end - (_block(i, first, last, ragged) + 1) * BLOCK_N, 0)
         mbarrier.wait(k_free.index(stage), free_phase)
         mbarrier.expect(k_ready.index(stage), k_source.block_type.nbytes)
         _copy(k_source, [k_token + start, k_column], k_ready.index(stage), k_tiles.index(stage))
@@ -87,11 +101,11 @@ def _produce(
     WHOLE: gl.constexpr, MIN_SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
 ):  # fmt: skip
-    """Copy the key blocks of every tile, last block first.
+    """Copy the key blocks of every tile, and read the next tile's entry meanwhile.
 
-    A descriptor takes microseconds to make. Blocks inside a row share one over all rows and heads, made once (WHOLE);
-    a block that reaches the row's end needs one of the exact length: what is behind may be unmapped, and the copy
-    engine stays out of it.
+    A descriptor takes microseconds to make. All rows and heads share one, made once (WHOLE), since blocks end inside
+    their rows. A row shorter than a block needs one of its exact length: what is behind may be unmapped, and the copy
+    engine stays out of it. So does every row where rows or heads are not evenly spaced.
     """
     if WHOLE:
         k_all = tma.make_tensor_descriptor(
@@ -103,64 +117,64 @@ def _produce(
             v_tiles.layout,
         )  # fmt: skip
     count = 0
+    work = _work(0)
+    row, _start, q_len, kv_len, tile_index = _load_entry(schedule_ptr, work, num_work, splits, KV_HEADS, ENTRY)
     for turn in range((num_work + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        work = _work(turn)
-        if work < num_work:
-            split = work % splits
-            unit = work // splits
-            entry = schedule_ptr + unit // KV_HEADS * ENTRY
-            kv_len = gl.load(entry + 3)
-            low, high = _blocks(
-                gl.load(entry + 2), kv_len, gl.load(entry + 4), split, splits,
-                GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT,
-            )  # fmt: skip
-            if low < high:
-                row = gl.load(entry).to(gl.int64)
-                kv_head = unit % KV_HEADS
-                blocks = high - low
-                exact = blocks
-                if WHOLE:
-                    exact = gl.where(high * BLOCK_N > kv_len, 1, 0)
-                if exact > 0:
-                    # These descriptors lie in one place for all tiles: no copy through the old ones may be in flight.
-                    for any_stage in gl.static_range(STAGES):
-                        uses = (count - any_stage + STAGES - 1) // STAGES
-                        mbarrier.wait(k_ready.index(any_stage), (uses + 1) & 1)
-                        mbarrier.wait(v_ready.index(any_stage), (uses + 1) & 1)
-                    k_row = tma.make_tensor_descriptor(
-                        k_ptr + row * stride_k_row + kv_head.to(gl.int64) * stride_k_head,
-                        [kv_len, DIM], [stride_k_token, 1], [BLOCK_N, DIM], k_tiles.layout,
-                    )  # fmt: skip
-                    v_row = tma.make_tensor_descriptor(
-                        v_ptr + row * stride_v_row + kv_head.to(gl.int64) * stride_v_head,
-                        [kv_len, DIM], [stride_v_token, 1], [BLOCK_N, DIM], v_tiles.layout,
-                    )  # fmt: skip
-                    count = _copy_blocks(
-                        k_row, v_row, 0, exact, high, count, 0, 0, 0, 0,
-                        k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, STAGES,
-                    )  # fmt: skip
-                if WHOLE:
-                    count = _copy_blocks(
-                        k_all, v_all, exact, blocks, high, count,
-                        (row * (stride_k_row // stride_k_token)).to(gl.int32), kv_head * stride_k_head,
-                        (row * (stride_v_row // stride_v_token)).to(gl.int32), kv_head * stride_v_head,
-                        k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, STAGES,
-                    )  # fmt: skip
+        next_work = _work(turn + 1)
+        next_row, _next_start, next_len, next_kv_len, next_index = _load_entry(
+            schedule_ptr, next_work, num_work, splits, KV_HEADS, ENTRY
+        )
+        end, first, last, ragged = _blocks(
+            q_len, kv_len, tile_index, work % splits, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT
+        )
+        if first < last:
+            kv_head = work // splits % KV_HEADS
+            exact = True
+            if WHOLE:
+                exact = kv_len < BLOCK_N
+            if exact:
+                # These descriptors lie in one place for all tiles: no copy through the old ones may be in flight.
+                for any_stage in gl.static_range(STAGES):
+                    uses = (count - any_stage + STAGES - 1) // STAGES
+                    mbarrier.wait(k_ready.index(any_stage), (uses + 1) & 1)
+                    mbarrier.wait(v_ready.index(any_stage), (uses + 1) & 1)
+                k_row = tma.make_tensor_descriptor(
+                    k_ptr + row.to(gl.int64) * stride_k_row + kv_head.to(gl.int64) * stride_k_head,
+                    [kv_len, DIM], [stride_k_token, 1], [BLOCK_N, DIM], k_tiles.layout,
+                )  # fmt: skip
+                v_row = tma.make_tensor_descriptor(
+                    v_ptr + row.to(gl.int64) * stride_v_row + kv_head.to(gl.int64) * stride_v_head,
+                    [kv_len, DIM], [stride_v_token, 1], [BLOCK_N, DIM], v_tiles.layout,
+                )  # fmt: skip
+                count = _copy_blocks(
+                    k_row, v_row, end, first, last, ragged, count, 0, 0, 0, 0,
+                    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, STAGES,
+                )  # fmt: skip
+            elif WHOLE:
+                count = _copy_blocks(
+                    k_all, v_all, end, first, last, ragged, count,
+                    (row.to(gl.int64) * (stride_k_row // stride_k_token)).to(gl.int32), kv_head * stride_k_head,
+                    (row.to(gl.int64) * (stride_v_row // stride_v_token)).to(gl.int32), kv_head * stride_v_head,
+                    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, STAGES,
+                )  # fmt: skip
+        work, row, q_len, kv_len, tile_index = next_work, next_row, next_len, next_kv_len, next_index
 
 
 @gluon.jit
 def _softmax(
-    s, row_max, row_sum, position, start, kv_len, scale,
+    s, row_max, row_sum, position, start, limit, scale,
     BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Probabilities of one block, and the running maximum, sum and the factor for what was summed before."""
+    """Probabilities of one block, and the running maximum, sum and the factor for what was summed before.
+
+    Its keys from ``limit`` on have been counted in another block, or are none.
+    """
     if MASKED:
         key = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+        highest = position * 0 + (limit - 1)
         if CAUSAL:
-            visible = key[None, :] <= position[:, None]
-        else:
-            visible = (key < kv_len)[None, :] & (position >= -2147483647)[:, None]
-        s = gl.where(visible, s, float("-inf"))
+            highest = gl.minimum(position, limit - 1)
+        s = gl.where(key[None, :] <= highest[:, None], s, float("-inf"))
     new_max = gl.maximum(row_max, gl.max(s, 1) * scale)
     shift = new_max
     if MASKED:
@@ -190,14 +204,14 @@ def _pin(row_sum):
 
 @gluon.jit
 def _steps(
-    acc, row_max, row_sum, p, count, first, last, high, position, kv_len, scale,
+    acc, row_max, row_sum, p, count, begin, stop, end, first, last, ragged, position, scale,
     q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
     DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Blocks [first, last) counted down from ``high``: scores of block i overlap with the values of block i - 1."""
+    """The blocks that come [begin, stop)-th: scores of each overlap with the values of the one before."""
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    for i in range(first, last):
+    for i in range(begin, stop):
         stage = count % STAGES
         before = (count - 1) % STAGES
         mbarrier.wait(k_ready.index(stage), (count // STAGES) & 1)
@@ -207,9 +221,10 @@ def _steps(
         acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
         mbarrier.arrive(k_free.index(stage))
-        start = (high - 1 - i) * BLOCK_N
+        limit = end - _block(i, first, last, ragged) * BLOCK_N
+        start = gl.maximum(limit - BLOCK_N, 0)
         new_p, row_max, row_sum, rescale = _softmax(
-            s, row_max, row_sum, position, start, kv_len, scale, BLOCK_N, CAUSAL, MASKED, S_LAYOUT
+            s, row_max, row_sum, position, start, limit, scale, BLOCK_N, CAUSAL, MASKED, S_LAYOUT
         )
         row_sum = _pin(row_sum)
         acc, row_sum = warpgroup_mma_wait(num_outstanding=0, deps=[acc, row_sum])
@@ -223,10 +238,11 @@ def _steps(
 
 @gluon.jit
 def _load_entry(schedule_ptr, work, num_work, splits, KV_HEADS: gl.constexpr, ENTRY: gl.constexpr):
-    """(q_start, q_len, kv_len, tile in the request) of a piece of work; q_len is 0 where there is none."""
+    """(row, q_start, q_len, kv_len, tile in the request) of a piece of work; q_len is 0 where there is none."""
     inside = work < num_work
     entry = schedule_ptr + work // splits // KV_HEADS * ENTRY
     return (
+        gl.load(entry, mask=inside, other=0),
         gl.load(entry + 1, mask=inside, other=0),
         gl.load(entry + 2, mask=inside, other=0),
         gl.load(entry + 3, mask=inside, other=0),
@@ -269,9 +285,10 @@ def _consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
     count = 0
     work = _work(0)
-    q_start, q_len, kv_len, tile_index = _load_entry(schedule_ptr, work, num_work, splits, KV_HEADS, ENTRY)
+    _row, q_start, q_len, kv_len, tile_index = _load_entry(schedule_ptr, work, num_work, splits, KV_HEADS, ENTRY)
     q = _load_queries(
         q_ptr, stride_q_token, stride_q_head, work // splits % KV_HEADS, half, q_start, q_len, tile_index,
         GROUP, DIM, BLOCK_M,
@@ -280,14 +297,16 @@ def _consume(
         q_tile.store(q)
         fence_async_shared()
         next_work = _work(turn + 1)
-        next_start, next_len, next_kv_len, next_index = _load_entry(
+        _next_row, next_start, next_len, next_kv_len, next_index = _load_entry(
             schedule_ptr, next_work, num_work, splits, KV_HEADS, ENTRY
         )
         first_pair = tile_index * BLOCK_M + half * 64
         first_token = first_pair // GROUP
         split = work % splits
-        low, high = _blocks(q_len, kv_len, tile_index, split, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT)
-        blocks = high - low
+        end, first, last, ragged = _blocks(
+            q_len, kv_len, tile_index, split, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT
+        )
+        blocks = last - first
         pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
         position = kv_len - q_len + pair // GROUP
         row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -295,11 +314,12 @@ def _consume(
         acc = gl.zeros([64, DIM], gl.float32, O_LAYOUT)
         p = gl.zeros([64, BLOCK_N], q_tile.dtype, P_LAYOUT)
         if blocks > 0:
-            # Blocks from `whole` down are seen by all queries of this half; the ones above need a mask.
-            whole = kv_len // BLOCK_N
+            # The highest blocks, which not all queries of this half see whole, and the ragged one need a mask.
+            masked = 1
             if CAUSAL:
-                whole = gl.maximum(kv_len - q_len + first_token + 1, 0) // BLOCK_N
-            masked = gl.maximum(high - gl.maximum(whole, low), 1)
+                seen = gl.maximum(kv_len - q_len + first_token + 1, 0)
+                masked = gl.maximum((end - seen + BLOCK_N - 1) // BLOCK_N - first, 1)
+            masked = gl.minimum(masked + ragged, blocks)
             mbarrier.wait(k_ready.index(count % STAGES), (count // STAGES) & 1)
             zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
             s = warpgroup_mma(
@@ -307,18 +327,20 @@ def _consume(
             )
             s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
             mbarrier.arrive(k_free.index(count % STAGES))
+            limit = end - first * BLOCK_N
             new_p, row_max, row_sum, _ = _softmax(
-                s, row_max, row_sum, position, (high - 1) * BLOCK_N, kv_len, scale, BLOCK_N, CAUSAL, True, S_LAYOUT
-            )
+                s, row_max, row_sum, position, gl.maximum(limit - BLOCK_N, 0), limit, scale,
+                BLOCK_N, CAUSAL, True, S_LAYOUT,
+            )  # fmt: skip
             p = gl.convert_layout(new_p.to(q_tile.dtype), P_LAYOUT)
             count += 1
             acc, row_max, row_sum, p, count = _steps(
-                acc, row_max, row_sum, p, count, 1, masked, high, position, kv_len, scale,
+                acc, row_max, row_sum, p, count, 1, masked, end, first, last, ragged, position, scale,
                 q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
                 DIM, BLOCK_N, STAGES, CAUSAL, True, S_LAYOUT, O_LAYOUT,
             )  # fmt: skip
             acc, row_max, row_sum, p, count = _steps(
-                acc, row_max, row_sum, p, count, masked, blocks, high, position, kv_len, scale,
+                acc, row_max, row_sum, p, count, masked, blocks, end, first, last, ragged, position, scale,
                 q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
                 DIM, BLOCK_N, STAGES, CAUSAL, False, S_LAYOUT, O_LAYOUT,
             )  # fmt: skip
@@ -335,24 +357,26 @@ def _consume(
 
         inverse = gl.convert_layout(v_scale / gl.where(row_sum == 0.0, 1.0, row_sum), gl.SliceLayout(1, O_LAYOUT))
         acc = acc * inverse[:, None]
-        pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
-        dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, O_LAYOUT))
-        token = pair // GROUP
-        head = work // splits % KV_HEADS * GROUP + pair % GROUP
-        offsets = (token - first_token) * stride_out_token + head * stride_out_head
+        head = work // splits % KV_HEADS * GROUP
         out_base = out_ptr + (q_start + first_token).to(gl.int64) * stride_out_token
         if SPLIT:  # partials [splits, num_tokens, q_heads, DIM] and their lse [splits, num_tokens, q_heads]
             out_base += split.to(gl.int64) * num_tokens * stride_out_token
             empty = row_sum == 0.0
             lse = (row_max + gl.log2(gl.where(empty, 1.0, row_sum))) * 0.6931471805599453
-            lse = gl.convert_layout(gl.where(empty, float("-inf"), lse), gl.SliceLayout(1, O_LAYOUT))
             lse_base = lse_ptr + (split.to(gl.int64) * num_tokens + q_start) * (KV_HEADS * GROUP)
-            gl.store(lse_base + token * (KV_HEADS * GROUP) + head, lse, mask=token < q_len)
-        gl.store(
-            out_base + offsets[:, None] + dim[None, :],
-            acc.to(out_ptr.dtype.element_ty),
-            mask=(token < q_len)[:, None] & (dim >= 0)[None, :],
-        )
+            gl.store(
+                lse_base + pair // GROUP * (KV_HEADS * GROUP) + head + pair % GROUP,
+                gl.where(empty, float("-inf"), lse),
+                mask=pair // GROUP < q_len,
+            )
+        # Whole lines: in the product's own layout a thread has 4 bytes in a row.
+        result = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT_LAYOUT)
+        out_pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT_LAYOUT))
+        dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, OUT_LAYOUT))
+        token = out_pair // GROUP
+        offsets = (token - first_token) * stride_out_token + (head + out_pair % GROUP) * stride_out_head
+        mask = (token < q_len)[:, None] & (dim >= 0)[None, :]
+        gl.store(out_base + offsets[:, None] + dim[None, :], result, mask=mask)
         work, q_start, q_len, kv_len, tile_index = next_work, next_start, next_len, next_kv_len, next_index
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 
 from vtensor_kernels import tile
 from vtensor_kernels.decode import DecodeWorkspace, decode_attention
-from vtensor_kernels.prefill import FEW_PAIRS, prefill_attention
+from vtensor_kernels.prefill import PrefillConfig, prefill_attention, tile_configs
 
 _MAX_THREADS = 8
 
@@ -55,19 +56,16 @@ def warm_up(
 def _launches(
     k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, workspace: DecodeWorkspace, options: dict[str, Any]
 ) -> Iterator[Callable[[], None]]:
-    """One call for each size of batch that is compiled for, and there: many and few queries, keys split and not."""
-    group = workspace.q_heads // k.shape[2]
-    least_many = FEW_PAIRS // group + 1
+    """One call for each size of batch that is compiled for, and each size of tile; and with keys that are split."""
     decode_options = {name: value for name, value in options.items() if name != "causal"}
+    configs = dict.fromkeys(tile_configs(tile.capability(k.device), k.shape[3], v.shape[3], dtype))
     for batch in tile.batch_blocks(workspace.max_batch):
         if options.get("causal", True):
             yield functools.partial(_decode, k, v, dtype, workspace, decode_options, batch)
-        for max_kv_len in (None, 1):  # the first is split where so few requests ever are
-            prefill_options = {**options, "max_kv_len": max_kv_len}
-            prefill = functools.partial(_prefill, k, v, dtype, workspace.q_heads, prefill_options, batch)
-            if group <= FEW_PAIRS:
-                yield functools.partial(prefill, 1)
-            yield functools.partial(prefill, least_many)
+        for config in configs:
+            for splits in (1, 2) if batch == 1 else (1,):  # what is split does not depend on the batch
+                fixed = dataclasses.replace(config, splits=splits)
+                yield functools.partial(_prefill, k, v, dtype, workspace.q_heads, options, batch, fixed)
 
 
 def _prefill(
@@ -77,12 +75,12 @@ def _prefill(
     q_heads: int,
     options: dict[str, Any],
     batch: int,
-    num_tokens: int,
+    config: PrefillConfig,
 ) -> None:
-    q = torch.empty(num_tokens, q_heads, k.shape[3], dtype=dtype, device=k.device)
-    out = q.new_empty(num_tokens, q_heads, v.shape[3])
+    q = torch.empty(1, q_heads, k.shape[3], dtype=dtype, device=k.device)
+    out = q.new_empty(1, q_heads, v.shape[3])
     rows, kv_lens, qo_indptr = (torch.zeros(batch + n, dtype=torch.int32, device=k.device) for n in (0, 0, 1))
-    prefill_attention(q, k, v, out, rows, qo_indptr, kv_lens, num_tokens, **options)
+    prefill_attention(q, k, v, out, rows, qo_indptr, kv_lens, 1, config=config, **options)
 
 
 def _decode(

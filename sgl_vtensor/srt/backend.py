@@ -24,6 +24,7 @@ from sglang.srt.server_args import add_attention_backend_choices
 from vtensor_kernels import (
     DecodeSchedule,
     DecodeWorkspace,
+    PrefillSchedule,
     decode_attention,
     prefill_attention,
     prefill_schedule,
@@ -260,7 +261,6 @@ class VTensorAttnBackend(AttentionBackend):
             attend = reference_attention
             if self._workspace is not None:
                 attend = prefill_attention
-                options["max_kv_len"] = metadata.max_kv_len
                 options["schedule"] = self._prefill_schedule(queries, keys, values, metadata, options["causal"])
             attend(
                 queries,
@@ -315,14 +315,14 @@ class VTensorAttnBackend(AttentionBackend):
 
     def _prefill_schedule(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, metadata: Metadata, causal: bool
-    ) -> torch.Tensor:
+    ) -> PrefillSchedule:
         kind = (queries.shape, keys.shape[2:], values.shape[2:], causal)
         if kind not in metadata.schedules:
             metadata.schedules[kind] = prefill_schedule(
                 queries, keys, values, metadata.rows, metadata.qo_indptr, metadata.kv_lens, metadata.max_q_len,
-                causal=causal,
+                causal=causal, max_kv_len=metadata.max_kv_len,
             )  # fmt: skip
-        made: torch.Tensor = metadata.schedules[kind]
+        made: PrefillSchedule = metadata.schedules[kind]
         return made
 
     def _forward_paged(
