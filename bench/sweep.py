@@ -118,10 +118,10 @@ def prefill_configs() -> dict[str, PrefillConfig | None]:
 
 @contextmanager
 def combined(values: int, stages: int, blocks: float) -> Iterator[None]:
-    """Decode's COMBINED_VALUES, COMBINE_STAGES and COMBINE_BLOCKS for a while."""
-    names = ("COMBINED_VALUES", "COMBINE_STAGES", "COMBINE_BLOCKS")
+    """Decode's COMBINED_VALUES, COMBINE_STAGES and COMBINE_BLOCKS for a while, however many parts there are."""
+    names = ("COMBINED_VALUES", "COMBINE_STAGES", "COMBINE_BLOCKS", "VALUES_AT_ONCE")
     usual = [getattr(decode_module, name) for name in names]
-    for name, value in zip(names, (values, stages, blocks), strict=True):
+    for name, value in zip(names, (values, stages, blocks, 0), strict=True):
         setattr(decode_module, name, value)
     try:
         yield

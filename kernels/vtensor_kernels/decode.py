@@ -16,10 +16,13 @@ from vtensor_kernels import tile
 
 MAX_HEADS_A_TILE = 64
 """Query heads of a group in one tile; larger groups take several, each reading K and V again."""
+VALUES_AT_ONCE = 8192
+"""Parts of no more values are combined in one go: 64 registers of a thread. 1 x 8192, in 16 parts of 512 values, takes
+18.3 us on an H200, 21.1 in a pipeline."""
 COMBINED_VALUES = 1024
-"""Of the parts of a request, so many values at a time are combined."""
+"""Of more parts, so many values at a time, in a pipeline of loads of COMBINE_STAGES: one program reads what another
+wrote, which takes a microsecond."""
 COMBINE_STAGES = 8
-"""So many such loads are under way: one program reads what another wrote, which takes a microsecond."""
 COMBINE_BLOCKS = 0.125
 """What that costs, in blocks of keys that a program reads. One request of 8192 tokens with one kv head, on an H200: in
 32 parts 13.0 us, in 64 15.1, in 16 14.6; 20.7 with loads of 8192 values one after the other."""
@@ -113,8 +116,11 @@ class DecodeSchedule:
         self.block_h = min(max(16, triton.next_power_of_2(group)), MAX_HEADS_A_TILE)
         self.tiles = kv_heads * triton.cdiv(group, self.block_h)
         self.heads_p2 = min(triton.next_power_of_2(group), self.block_h)
-        self.parts_at_a_time = max(COMBINED_VALUES // (self.heads_p2 * tile.block_dim(workspace.v_head_dim)), 1)
         self.shares = max(self.config.programs * tile.processors(k.device) // self.tiles, 1)
+        values = self.heads_p2 * tile.block_dim(workspace.v_head_dim)
+        at_once = self.shares * values <= VALUES_AT_ONCE
+        self.parts_at_a_time = max((VALUES_AT_ONCE if at_once else COMBINED_VALUES) // values, 1)
+        self.combine_stages = 1 if at_once else COMBINE_STAGES
         if self.shares > workspace.max_shares:
             raise ValueError(
                 f"{kv_heads} kv heads need {self.shares} shares and the workspace has {workspace.max_shares}: make it "
@@ -449,7 +455,7 @@ def decode_attention(
         BLOCK_D=tile.block_dim(head_dim),
         BLOCK_DV=tile.block_dim(v_head_dim),
         BLOCK_S=schedule.parts_at_a_time,
-        COMBINE_STAGES=COMBINE_STAGES,
+        COMBINE_STAGES=schedule.combine_stages,
         HEADS_P2=schedule.heads_p2,
         HAS_CAP=logit_cap > 0,
         HAS_WINDOW=sliding_window > 0,

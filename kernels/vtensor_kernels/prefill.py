@@ -18,6 +18,15 @@ FEW_PAIRS = 64
 """Up to so many (token, query head) pairs of a request and kv head, tiles are small."""
 FULL_SHARE = 0.75
 """Where large tiles would keep no larger share of the processors busy, tiles are small, too."""
+LEVELS = 16
+"""Pieces are sorted by length in steps of the longest row over this."""
+MIXED_SHARE = 0.7
+"""With more tiles than programs, no tile is longer than twice this share of what a program does, as far as it is split:
+one row of 30 000 tokens beside 31 of 512 would keep eight processors busy for twice as long as all others."""
+LONG_TOKENS = 8192
+"""From this length on a row's keys may be split although there are enough tiles; a second launch costs little there."""
+COMBINED_PAIRS = 8
+"""Pairs that a program combines."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +41,6 @@ class PrefillConfig:
     """Whether the kernel of ``prefill_hopper`` serves, where it can; its tile sizes are its own."""
     tma: bool = True
     """Whether the copy engine reads K and V, where it can: a program's descriptors take as long as 128 short keys."""
-    programs: int = 1
-    """Programs a processor, as far as keys are split to have so many."""
     min_split_tokens: int = 1024
     splits: int | None = None
     """Programs that share a tile's keys; None: as many as fill the device."""
@@ -43,70 +50,144 @@ class PrefillConfig:
 class PrefillSchedule:
     """What the calls of a pass share that differ in q, k, v and out only. Made by ``prefill_schedule``."""
 
-    table: torch.Tensor
-    """[tiles, 8] int32."""
+    pieces: torch.Tensor
+    """[pieces, 8] int32: a tile of queries against its keys, or a part of them; longest first."""
+    combined: torch.Tensor
+    """[tiles, 8] int32: the tiles whose keys are in several pieces; none where nothing can be split."""
+    num_slots: int
+    """Room for partial results, in tiles of a kv head."""
+    num_tiles: int
     config: PrefillConfig
-    splits: int
 
 
 _ENTRY = 8
-"""int32 an entry of a schedule: row, q_start, q_len, kv_len, tile in the request, 3 unused."""
+"""int32 a piece: row, q_start, q_len, kv_len, tile in the request, split, splits, slot. Of a combined tile: q_start,
+q_len, tile in the request, splits, first slot, 3 unused. q_len is 0 behind the last: there are as many as could be."""
 
 
-@triton.jit(do_not_specialize=["batch", "group", "block_m"])
+@triton.jit
+def _tiles_as_long(tokens, tiles, q_len, kv_len, group, block_m, CAUSAL: tl.constexpr):
+    """How many of each request's tiles see at least so many keys; all of them do see 0."""
+    found = tl.where(tokens <= kv_len, tiles, 0)
+    if CAUSAL:
+        # Tile i sees kv_len - q_len + ((i + 1) * block_m - 1) // group + 1 keys, or all.
+        missing = tokens - 1 - (kv_len - q_len)
+        shorter = tl.where(missing > 0, tl.cdiv(missing * group + 1, block_m) - 1, 0)
+        found = tl.where(tokens <= kv_len, tl.maximum(tiles - shorter, 0), 0)
+    return tl.where(tokens <= 0, tiles, found)
+
+
+@triton.jit(
+    do_not_specialize=["batch", "group", "block_m", "kv_heads", "programs", "pieces", "combined", "min_split", "forced"]
+)
 def _schedule_kernel(
-    schedule_ptr,
+    pieces_ptr,
+    combined_ptr,
     rows_ptr,
     qo_indptr,
     kv_lens,
     batch,
     group,
     block_m,
+    kv_heads,
+    programs,  # that run at once
+    pieces,  # room for so many
+    combined,
+    min_split,
+    forced,  # splits of each tile, as a measurement asks; 0: as many as balance the work
     BLOCK_B: tl.constexpr,
-    SORTED: tl.constexpr,
+    LEVELS: tl.constexpr,
+    MIXED_SHARE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr,
     ENTRY: tl.constexpr,
 ):
-    """Write one tile's entry, longest rows first. q_len is 0 behind the last tile: there are as many as could be."""
+    """Write one tile's pieces to where they belong by length.
+
+    Lengths are compared in steps of a part of the longest row, so that tiles of one request, which read the same keys,
+    stay together.
+    """
     index = tl.program_id(0)
-    requests = tl.arange(0, BLOCK_B)
-    inside = requests < batch
-    start = tl.load(qo_indptr + requests, mask=inside, other=0)
-    end = tl.load(qo_indptr + requests + 1, mask=inside, other=0)
-    tiles = tl.cdiv((end - start) * group, block_m)
-    if SORTED:
-        length = tl.load(kv_lens + requests, mask=inside, other=0)
-        longer = length[None, :] > length[:, None]
-        earlier = (length[None, :] == length[:, None]) & (requests[None, :] < requests[:, None])
-        first = tl.sum(tl.where(longer | earlier, tiles[None, :], 0), axis=1)
-    else:
-        first = tl.cumsum(tiles, 0) - tiles
-    mine = (index >= first) & (index < first + tiles)
-    found = tl.max(tl.where(mine, requests, -1), axis=0)
-    tile_index = index - tl.sum(tl.where(mine, first, 0), axis=0)
-    if CAUSAL:
-        tile_index = tl.sum(tl.where(mine, tiles, 0), axis=0) - 1 - tile_index  # the tile with most keys first
-    request = tl.maximum(found, 0)
-    q_start = tl.load(qo_indptr + request)
-    q_len = tl.load(qo_indptr + request + 1) - q_start
-    entry = schedule_ptr + index * ENTRY
-    tl.store(entry, tl.load(rows_ptr + request).to(tl.int32))
-    tl.store(entry + 1, q_start)
-    tl.store(entry + 2, tl.where(found >= 0, q_len, 0))
-    tl.store(entry + 3, tl.load(kv_lens + request))
-    tl.store(entry + 4, tl.where(found >= 0, tile_index, 0))
+    request = tl.arange(0, BLOCK_B)
+    inside = request < batch
+    q_start = tl.load(qo_indptr + request, mask=inside, other=0)
+    q_len = tl.load(qo_indptr + request + 1, mask=inside, other=0) - q_start
+    kv_len = tl.load(kv_lens + request, mask=inside, other=0)
+    tiles = tl.cdiv(q_len * group, block_m)
+    num_tiles = tl.sum(tiles, 0)
+    splits = tl.full([BLOCK_B], 1, tl.int32)
+    if SPLIT:
+        seen = kv_len.to(tl.float32)  # by a query, on average
+        if CAUSAL:
+            seen -= q_len / 2
+        seen = tl.maximum(seen, 1.0)
+        share = tl.sum(seen * tiles, 0) * kv_heads / programs
+        # With more tiles than programs, shorter pieces fill up what longer ones leave.
+        share *= tl.where(num_tiles * kv_heads <= programs, 1.0, MIXED_SHARE)
+        splits = tl.minimum((seen / share).to(tl.int32), tl.cdiv(kv_len, min_split))
+        splits = tl.where(forced > 0, forced, tl.minimum(tl.maximum(splits, 1), MAX_SPLITS))
+    last = tl.cumsum(tiles, 0)
+    mine = (index >= last - tiles) & (index < last)
+
+    if index < num_tiles:
+        own_request = tl.max(tl.where(mine, request, 0), 0)
+        own_tiles = tl.sum(tl.where(mine, tiles, 0), 0)
+        own_start = tl.sum(tl.where(mine, q_start, 0), 0)
+        own_len = tl.sum(tl.where(mine, q_len, 0), 0)
+        own_kv_len = tl.sum(tl.where(mine, kv_len, 0), 0)
+        own_splits = tl.sum(tl.where(mine, splits, 0), 0)
+        tile_index = index - tl.sum(tl.where(mine, last - tiles, 0), 0)
+        row = tl.load(rows_ptr + own_request).to(tl.int32)
+        sees = own_kv_len
+        if CAUSAL:
+            sees = tl.minimum(own_kv_len - own_len + ((tile_index + 1) * block_m - 1) // group + 1, own_kv_len)
+        step = tl.maximum(tl.max(kv_len, 0) // LEVELS, 1)
+        level = tl.maximum(sees, 0) // own_splits // step
+        longer = _tiles_as_long((level + 1) * step * splits, tiles, q_len, kv_len, group, block_m, CAUSAL)
+        alike = _tiles_as_long(level * step * splits, tiles, q_len, kv_len, group, block_m, CAUSAL) - longer
+        before = longer * splits + tl.where(request < own_request, alike * splits, 0)
+        # Of its own request the later tiles, which see more.
+        place = tl.sum(before, 0) + (own_tiles - 1 - tile_index - tl.sum(tl.where(mine, longer, 0), 0)) * own_splits
+        is_split = splits > 1
+        earlier = (request < own_request) & is_split
+        slot = tl.sum(tl.where(earlier, tiles * splits, 0), 0) + tile_index * own_splits
+        for split in range(own_splits):
+            entry = pieces_ptr + (place + split) * ENTRY
+            tl.store(entry, row)
+            tl.store(entry + 1, own_start)
+            tl.store(entry + 2, own_len)
+            tl.store(entry + 3, own_kv_len)
+            tl.store(entry + 4, tile_index)
+            tl.store(entry + 5, split)
+            tl.store(entry + 6, own_splits)
+            tl.store(entry + 7, slot + split)
+        if own_splits > 1:
+            entry = combined_ptr + (tl.sum(tl.where(earlier, tiles, 0), 0) + tile_index) * ENTRY
+            tl.store(entry, own_start)
+            tl.store(entry + 1, own_len)
+            tl.store(entry + 2, tile_index)
+            tl.store(entry + 3, own_splits)
+            tl.store(entry + 4, slot)
+    if (index >= tl.sum(tiles * splits, 0)) & (index < pieces):
+        entry = pieces_ptr + index * ENTRY
+        for number in tl.static_range(ENTRY):
+            tl.store(entry + number, 0)
+    if (index >= tl.sum(tl.where(splits > 1, tiles, 0), 0)) & (index < combined):
+        tl.store(combined_ptr + index * ENTRY + 1, 0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "window"])
+@triton.jit(do_not_specialize=["window"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
-    lse_ptr,  # contiguous [splits, num_tokens, q_heads] when SPLIT, else [num_tokens, q_heads] or None
+    lse_ptr,  # [num_tokens, q_heads] or None
+    partial_ptr,  # contiguous [slots, kv_heads, BLOCK_M, V_DIM] float32 when SPLIT
+    partial_lse_ptr,  # [slots, kv_heads, BLOCK_M]
     sinks_ptr,
     schedule_ptr,
-    num_tokens,
     scale,
     cap,
     window,
@@ -131,8 +212,7 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     ENTRY: tl.constexpr,
-    SPLIT: tl.constexpr,  # several programs share a tile's keys; out is then fp32 partials
-    MIN_SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr,  # a tile's keys may be in several pieces, each of which leaves a partial result
     CAUSAL: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -141,7 +221,7 @@ def _prefill_kernel(
     USE_TMA: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """out = softmax(q k^T * sm_scale) v for one tile: BLOCK_M (token, query head) pairs of one kv head.
+    """out = softmax(q k^T * sm_scale) v for one piece: BLOCK_M (token, query head) pairs of one kv head.
 
     Packing the query heads of a group into the tile's rows fills it when a request has few new tokens.
     """
@@ -182,23 +262,14 @@ def _prefill_kernel(
             hi = tl.minimum(hi, tl.maximum(last_position + window + 1, 0))
             right = tl.minimum(right, tl.maximum(first_position + window + 1, 0))
     right = right // BLOCK_N * BLOCK_N
+    splits = 1
+    slot = 0
     if SPLIT:
-        split = tl.program_id(2)
-        splits = tl.minimum(tl.cdiv(hi - lo, MIN_SPLIT), tl.num_programs(2))
-        share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), tl.maximum(splits, 1)) * BLOCK_N
-        lo = tl.minimum(lo + split * share, hi)
+        splits = tl.load(entry + 6)
+        share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), splits) * BLOCK_N
+        lo = tl.minimum(lo + tl.load(entry + 5) * share, hi)
         hi = tl.minimum(lo + share, hi)
-        # Partials are contiguous; a stride of their own would be compiled for each kind of number that it can be.
-        lse_ptr += split.to(tl.int64) * num_tokens * stride_lse_token
-        out_ptr += split.to(tl.int64) * num_tokens * stride_out_token
-
-    lse_ptrs = lse_ptr
-    if HAS_LSE or SPLIT:
-        lse_ptrs = lse_ptr + tile_start * stride_lse_token + in_tile * stride_lse_token + head * stride_lse_head
-    if SPLIT:  # noqa: SIM102  (one constexpr, one tensor)
-        if lo >= hi:
-            tl.store(lse_ptrs, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_query)
-            return
+        slot = (tl.load(entry + 7).to(tl.int64) * tl.num_programs(0) + kv_head) * BLOCK_M
 
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
@@ -234,7 +305,20 @@ def _prefill_kernel(
         DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE,
     )  # fmt: skip
 
-    if HAS_SINKS and not SPLIT:
+    if SPLIT:  # noqa: SIM102  (one constexpr, one tensor)
+        if splits > 1:
+            empty = row_sum == 0.0
+            acc *= (v_scale / tl.where(empty, 1.0, row_sum))[:, None]
+            log_sum = (row_max + tl.log2(tl.where(empty, 1.0, row_sum))) * 0.6931471805599453
+            in_slot = tl.arange(0, BLOCK_M)
+            tl.store(partial_lse_ptr + slot + in_slot, tl.where(empty, float("-inf"), log_sum), mask=is_query)
+            tl.store(
+                partial_ptr + slot * V_DIM + in_slot[:, None] * V_DIM + dim_v[None, :],
+                acc,
+                mask=is_query[:, None] & (dim_v < V_DIM)[None, :],
+            )
+            return
+    if HAS_SINKS:
         sink = tl.load(sinks_ptr + head, mask=is_query, other=0.0).to(tl.float32) * 1.4426950408889634
         with_sink = tl.maximum(row_max, sink)
         rescale = tl.exp2(row_max - with_sink)
@@ -243,9 +327,13 @@ def _prefill_kernel(
         row_max = with_sink
     empty = row_sum == 0.0
     acc *= (v_scale / tl.where(empty, 1.0, row_sum))[:, None]
-    if HAS_LSE or SPLIT:
+    if HAS_LSE:
         log_sum = (row_max + tl.log2(tl.where(empty, 1.0, row_sum))) * 0.6931471805599453
-        tl.store(lse_ptrs, tl.where(empty, float("-inf"), log_sum), mask=is_query)
+        tl.store(
+            lse_ptr + tile_start * stride_lse_token + in_tile * stride_lse_token + head * stride_lse_head,
+            tl.where(empty, float("-inf"), log_sum),
+            mask=is_query,
+        )
     out_base = out_ptr + tile_start * stride_out_token
     tl.store(
         out_base + (in_tile * stride_out_token + head * stride_out_head)[:, None] + dim_v[None, :],
@@ -254,64 +342,56 @@ def _prefill_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "num_tokens", "splits"])
+@triton.jit
 def _combine_kernel(
     partial_ptr,
     partial_lse_ptr,
     out_ptr,
     lse_ptr,
     sinks_ptr,
-    qo_indptr,
-    batch,
-    num_tokens,
-    splits,
-    stride_partial_token,
-    stride_partial_head,
-    stride_plse_token,
-    stride_plse_head,
+    combined_ptr,
     stride_out_token,
     stride_out_head,
     stride_lse_token,
     stride_lse_head,
-    Q_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     V_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    ENTRY: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """out = sum_s exp(lse_s - lse) partial_s for one token and BLOCK_H heads. A split without keys has lse_s = -inf."""
-    token = tl.program_id(0)
-    if token >= tl.load(qo_indptr + batch):  # behind the last query: padding, whose partials nobody wrote
+    """out = sum_s exp(lse_s - lse) partial_s for BLOCK_P pairs of a tile. A piece without keys has lse_s = -inf."""
+    entry = combined_ptr + tl.program_id(0) * ENTRY
+    q_len = tl.load(entry + 1)
+    if q_len == 0:
         return
-    token = token.to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    is_head = head < Q_HEADS
+    q_start = tl.load(entry)
+    first_pair = tl.load(entry + 2) * BLOCK_M
+    splits = tl.load(entry + 3)
+    kv_head = tl.program_id(1)
+    in_slot = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    pair = first_pair + in_slot
+    is_query = pair // GROUP < q_len
+    token = (q_start + pair // GROUP).to(tl.int64)
+    head = kv_head * GROUP + pair % GROUP
     dim = tl.arange(0, BLOCK_DV)
-    is_value = is_head[:, None] & (dim < V_DIM)[None, :]
-    partial_ptr += token * stride_partial_token
-    partial_lse_ptr += token * stride_plse_token
-    acc = tl.zeros([BLOCK_H, BLOCK_DV], dtype=tl.float32)
-    total = tl.zeros([BLOCK_H], dtype=tl.float32)
-    biggest = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
+    is_value = is_query[:, None] & (dim < V_DIM)[None, :]
+    slot = (tl.load(entry + 4).to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M
+    step = tl.num_programs(1) * BLOCK_M
+    lse_base = partial_lse_ptr + slot + in_slot
+    partial_base = partial_ptr + slot * V_DIM + (in_slot * V_DIM)[:, None] + dim[None, :]
+    acc = tl.zeros([BLOCK_P, BLOCK_DV], dtype=tl.float32)
+    total = tl.zeros([BLOCK_P], dtype=tl.float32)
+    biggest = tl.full([BLOCK_P], float("-inf"), dtype=tl.float32)
     if HAS_SINKS:
-        biggest = tl.load(sinks_ptr + head, mask=is_head, other=0.0).to(tl.float32)
+        biggest = tl.load(sinks_ptr + head, mask=is_query, other=0.0).to(tl.float32)
         total += 1.0
     for split in tl.range(0, splits, num_stages=3):
-        part = tl.load(
-            partial_lse_ptr + tl.cast(split, tl.int64) * num_tokens * stride_plse_token + head * stride_plse_head,
-            mask=is_head,
-            other=float("-inf"),
-        )
-        values = tl.load(
-            partial_ptr
-            + tl.cast(split, tl.int64) * num_tokens * stride_partial_token
-            + (head * stride_partial_head)[:, None]
-            + dim[None, :],
-            mask=is_value,
-            other=0.0,
-        )
-        values = tl.where((part > float("-inf"))[:, None], values, 0.0)  # nobody wrote the others
+        part = tl.load(lse_base + split * step, mask=is_query, other=float("-inf"))
+        values = tl.load(partial_base + split * step * V_DIM, mask=is_value, other=0.0)
         new_biggest = tl.maximum(biggest, part)
         shift = tl.where(new_biggest == float("-inf"), 0.0, new_biggest)
         weight = tl.exp(part - shift)
@@ -322,13 +402,13 @@ def _combine_kernel(
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     tl.store(
-        out_ptr + token * stride_out_token + (head * stride_out_head)[:, None] + dim[None, :],
+        out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + dim[None, :],
         acc.to(out_ptr.dtype.element_ty),
         mask=is_value,
     )
     if HAS_LSE:
         log_sum = tl.where(empty, float("-inf"), biggest + tl.log(tl.where(empty, 1.0, total)))
-        tl.store(lse_ptr + token * stride_lse_token + head * stride_lse_head, log_sum, mask=is_head)
+        tl.store(lse_ptr + token * stride_lse_token + head * stride_lse_head, log_sum, mask=is_query)
 
 
 def prefill_attention(
@@ -400,37 +480,33 @@ def prefill_attention(
         schedule = prefill_schedule(
             q, k, v, rows, qo_indptr, kv_lens, max_q_len, causal=causal, max_kv_len=max_kv_len, config=config
         )  # fmt: skip
-    config, splits = schedule.config, schedule.splits
+    config = schedule.config
     tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
-    if schedule.table.shape[0] != tiles:
-        raise ValueError(
-            f"the schedule has {schedule.table.shape[0]} tiles and these queries {tiles}: make one for them"
-        )
+    if schedule.num_tiles != tiles:
+        raise ValueError(f"the schedule has {schedule.num_tiles} tiles and these queries {tiles}: make one for them")
     use_tma = (loads != "auto" or config.tma) and tile.use_descriptors(loads, k, v)
     hopper = config.hopper and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
-    target, target_lse = out, lse
-    if splits > 1:
-        target = torch.empty(splits, num_tokens, q_heads, v_head_dim, dtype=torch.float32, device=q.device)
-        target_lse = torch.empty(splits, num_tokens, q_heads, dtype=torch.float32, device=q.device)
+    pieces, combined = schedule.pieces, schedule.combined
+    partial = q.new_empty(schedule.num_slots, kv_heads, config.block_m, v_head_dim, dtype=torch.float32)
+    partial_lse = q.new_empty(schedule.num_slots, kv_heads, config.block_m, dtype=torch.float32)
 
     scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
     if hopper:
         from vtensor_kernels.prefill_hopper import prefill_hopper  # Gluon, needed here only
 
         prefill_hopper(
-            q, k, v, target, target_lse, schedule.table, splits,
-            scale=scale, causal=causal, v_scale=v_scale, min_split=config.min_split_tokens,
+            q, k, v, out, partial, partial_lse, pieces, scale=scale, causal=causal, v_scale=v_scale
         )  # fmt: skip
     else:
         if use_tma and not tile.INTERPRETING:
             triton.set_allocator(tile.allocate_scratch)
-        _prefill_kernel[(kv_heads, tiles, splits)](
-            q, k, v, target, target_lse, sinks, schedule.table, num_tokens, scale, cap, sliding_window, v_scale,
+        _prefill_kernel[(kv_heads, pieces.shape[0])](
+            q, k, v, out, lse, partial, partial_lse, sinks, pieces, scale, cap, sliding_window, v_scale,
             *q.stride()[:2],
             *k.stride()[:3],
             *v.stride()[:3],
-            *target.stride()[-3:-1],
-            *(target_lse.stride()[-2:] if target_lse is not None else (0, 0)),
+            *out.stride()[:2],
+            *(lse.stride() if lse is not None else (0, 0)),
             GROUP=group,
             DIM=head_dim,
             V_DIM=v_head_dim,
@@ -439,8 +515,7 @@ def prefill_attention(
             BLOCK_D=tile.block_dim(head_dim),
             BLOCK_DV=tile.block_dim(v_head_dim),
             ENTRY=_ENTRY,
-            SPLIT=splits > 1,
-            MIN_SPLIT=config.min_split_tokens,
+            SPLIT=schedule.num_slots > 0,
             CAUSAL=causal,
             HAS_CAP=logit_cap > 0,
             HAS_WINDOW=sliding_window > 0,
@@ -451,18 +526,17 @@ def prefill_attention(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
-    if splits > 1:
-        block_h = min(triton.next_power_of_2(q_heads), 8)
-        _combine_kernel[(num_tokens, triton.cdiv(q_heads, block_h))](
-            target, target_lse, out, lse, sinks, qo_indptr, batch, num_tokens, splits,
-            *target.stride()[1:3],
-            *target_lse.stride()[1:],
+    if schedule.num_slots:
+        _combine_kernel[(combined.shape[0], kv_heads, config.block_m // COMBINED_PAIRS)](
+            partial, partial_lse, out, lse, sinks, combined,
             *out.stride()[:2],
             *(lse.stride() if lse is not None else (0, 0)),
-            Q_HEADS=q_heads,
+            GROUP=group,
             V_DIM=v_head_dim,
-            BLOCK_H=block_h,
+            BLOCK_M=config.block_m,
+            BLOCK_P=COMBINED_PAIRS,
             BLOCK_DV=tile.block_dim(v_head_dim),
+            ENTRY=_ENTRY,
             HAS_SINKS=sinks is not None,
             HAS_LSE=lse is not None,
             num_warps=4,
@@ -482,7 +556,7 @@ def prefill_schedule(
     max_kv_len: int | None = None,
     config: PrefillConfig | None = None,
 ) -> PrefillSchedule:
-    """Who computes what: tile sizes, splits, and the order of the query tiles, longest rows first, for all layers.
+    """Who computes what, for all layers: tile sizes, which keys are split, and the order of the pieces, longest first.
 
     Nothing of it is computed on the host, and only shapes and dtypes of ``q``, ``k`` and ``v`` count. Arguments are as
     ``prefill_attention`` takes them; the schedule is for calls with these ``rows``, lengths, ``max_q_len`` and
@@ -496,12 +570,10 @@ def prefill_schedule(
     processors = tile.processors(q.device)
 
     def fit(config: PrefillConfig) -> tuple[int, int]:
-        """Its tiles and splits."""
+        """Its tiles, and the pieces that each would be in if all were as long."""
         tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
-        if config.splits is not None or not tiles:
-            return tiles, config.splits or 1
         useful = min(MAX_SPLITS, triton.cdiv(longest, config.min_split_tokens))
-        return tiles, max(min(useful, config.programs * processors // (tiles * kv_heads)), 1)
+        return tiles, max(min(useful, processors // max(tiles * kv_heads, 1)), 1)
 
     if config is None:
         few, config = tile_configs(tile.capability(q.device), k.shape[3], v.shape[3], q.dtype)
@@ -509,13 +581,25 @@ def prefill_schedule(
         if max_q_len * group <= FEW_PAIRS or tiles * kv_heads * splits <= FULL_SHARE * processors:
             config = few
     tiles, splits = fit(config)
-    table = torch.empty(tiles, _ENTRY, dtype=torch.int32, device=q.device)
+    slots = combined = 0
+    if config.splits is not None:
+        if config.splits > 1:
+            slots, combined = tiles * config.splits, tiles
+    elif tiles and (splits > 1 or longest >= LONG_TOKENS):
+        # A piece of a split tile is MIXED_SHARE of what a program does, or more.
+        slots = int(processors / (MIXED_SHARE * kv_heads)) + 1
+        combined = slots // 2
+    pieces = tiles + slots
+    table = torch.empty(pieces + combined, _ENTRY, dtype=torch.int32, device=q.device)
+    schedule = PrefillSchedule(table[:pieces], table[pieces:], slots, tiles, config)
     if tiles:
-        _schedule_kernel[(tiles,)](
-            table, rows, qo_indptr, kv_lens, batch, group, config.block_m,
-            BLOCK_B=tile.block_batch(batch), SORTED=batch <= 128, CAUSAL=causal, ENTRY=_ENTRY, num_warps=4,
+        _schedule_kernel[(pieces,)](
+            schedule.pieces, schedule.combined, rows, qo_indptr, kv_lens, batch, group, config.block_m, kv_heads,
+            processors, pieces, combined, config.min_split_tokens, config.splits or 0,
+            BLOCK_B=tile.block_batch(batch), LEVELS=LEVELS, MIXED_SHARE=MIXED_SHARE, MAX_SPLITS=MAX_SPLITS,
+            SPLIT=slots > 0, CAUSAL=causal, ENTRY=_ENTRY, num_warps=4,
         )  # fmt: skip
-    return PrefillSchedule(table, config, splits)
+    return schedule
 
 
 def _num_tiles(batch: int, num_tokens: int, max_q_len: int, group: int, block_m: int) -> int:
@@ -574,6 +658,6 @@ def tile_configs(
         return make(64, 64, num_warps=few_warps, num_stages=2), make(128, 64, num_warps=8, num_stages=2)
     if capability > 90:  # with 128 keys its products leave too few registers
         return make(64, 64, num_warps=4, num_stages=3), make(128, 64, num_warps=8, num_stages=3)
-    few = make(64, 64, num_warps=4, num_stages=3, tma=False, programs=2)
+    few = make(64, 64, num_warps=4, num_stages=3, tma=False)
     few = dataclasses.replace(few, min_split_tokens=MIN_SPLIT_TOKENS // 2)
     return few, make(128, 128, num_warps=8, num_stages=3, hopper=True)

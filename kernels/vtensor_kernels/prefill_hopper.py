@@ -33,7 +33,6 @@ _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # T
 def _blocks(
     q_len, kv_len, tile_index, split, splits,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
-    MIN_SPLIT: gl.constexpr,
 ):  # fmt: skip
     """A piece of work: keys [0, end) of its tile, of which it has key blocks [first, last), counted down from the end.
 
@@ -49,8 +48,7 @@ def _blocks(
     first = last * 0
     ragged = gl.where((last > 1) & (end % BLOCK_N > 0), 1, 0)
     if SPLIT:
-        useful = gl.maximum(gl.minimum(splits, (last * BLOCK_N + MIN_SPLIT - 1) // MIN_SPLIT), 1)
-        share = (last + useful - 1) // useful
+        share = (last + splits - 1) // splits
         all_blocks = last
         first = gl.minimum(split * share, all_blocks)
         last = gl.minimum(first + share, all_blocks)
@@ -94,11 +92,11 @@ def _copy_blocks(
 
 @gluon.jit
 def _produce(
-    schedule_ptr, num_work, splits, k_ptr, v_ptr, k_tokens, v_tokens,
+    schedule_ptr, num_work, k_ptr, v_ptr, k_tokens, v_tokens,
     stride_k_row, stride_k_token, stride_k_head, stride_v_row, stride_v_token, stride_v_head,
     k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
-    WHOLE: gl.constexpr, MIN_SPLIT: gl.constexpr,
+    WHOLE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
 ):  # fmt: skip
     """Copy the key blocks of every tile, and read the next tile's entry meanwhile.
@@ -118,17 +116,19 @@ def _produce(
         )  # fmt: skip
     count = 0
     work = _work(0)
-    row, _start, q_len, kv_len, tile_index = _load_entry(schedule_ptr, work, num_work, splits, KV_HEADS, ENTRY)
+    row, _start, q_len, kv_len, tile_index, split, splits, _slot = _load_entry(
+        schedule_ptr, work, num_work, KV_HEADS, ENTRY
+    )
     for turn in range((num_work + gl.num_programs(0) - 1) // gl.num_programs(0)):
         next_work = _work(turn + 1)
-        next_row, _next_start, next_len, next_kv_len, next_index = _load_entry(
-            schedule_ptr, next_work, num_work, splits, KV_HEADS, ENTRY
+        next_row, _next_start, next_len, next_kv_len, next_index, next_split, next_splits, _next_slot = _load_entry(
+            schedule_ptr, next_work, num_work, KV_HEADS, ENTRY
         )
         end, first, last, ragged = _blocks(
-            q_len, kv_len, tile_index, work % splits, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT
+            q_len, kv_len, tile_index, split, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT
         )
         if first < last:
-            kv_head = work // splits % KV_HEADS
+            kv_head = work % KV_HEADS
             exact = True
             if WHOLE:
                 exact = kv_len < BLOCK_N
@@ -157,7 +157,8 @@ def _produce(
                     (row.to(gl.int64) * (stride_v_row // stride_v_token)).to(gl.int32), kv_head * stride_v_head,
                     k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, STAGES,
                 )  # fmt: skip
-        work, row, q_len, kv_len, tile_index = next_work, next_row, next_len, next_kv_len, next_index
+        work, row, q_len, kv_len = next_work, next_row, next_len, next_kv_len
+        tile_index, split, splits = next_index, next_split, next_splits
 
 
 @gluon.jit
@@ -237,16 +238,19 @@ def _steps(
 
 
 @gluon.jit
-def _load_entry(schedule_ptr, work, num_work, splits, KV_HEADS: gl.constexpr, ENTRY: gl.constexpr):
-    """(row, q_start, q_len, kv_len, tile in the request) of a piece of work; q_len is 0 where there is none."""
+def _load_entry(schedule_ptr, work, num_work, KV_HEADS: gl.constexpr, ENTRY: gl.constexpr):
+    """(row, q_start, q_len, kv_len, tile in the request, split, splits, slot) of a piece of work; q_len may be 0."""
     inside = work < num_work
-    entry = schedule_ptr + work // splits // KV_HEADS * ENTRY
+    entry = schedule_ptr + work // KV_HEADS * ENTRY
     return (
         gl.load(entry, mask=inside, other=0),
         gl.load(entry + 1, mask=inside, other=0),
         gl.load(entry + 2, mask=inside, other=0),
         gl.load(entry + 3, mask=inside, other=0),
         gl.load(entry + 4, mask=inside, other=0),
+        gl.load(entry + 5, mask=inside, other=0),
+        gl.load(entry + 6, mask=inside, other=1),
+        gl.load(entry + 7, mask=inside, other=0),
     )
 
 
@@ -271,11 +275,10 @@ def _load_queries(
 
 @gluon.jit
 def _consume(
-    half, schedule_ptr, num_work, splits, q_ptr, out_ptr, lse_ptr, num_tokens, scale, v_scale,
+    half, schedule_ptr, num_work, q_ptr, out_ptr, partial_ptr, partial_lse_ptr, scale, v_scale,
     stride_q_token, stride_q_head, stride_out_token, stride_out_head,
     q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
-    MIN_SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 of each tile's pairs against all of its key blocks.
@@ -288,23 +291,24 @@ def _consume(
     OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
     count = 0
     work = _work(0)
-    _row, q_start, q_len, kv_len, tile_index = _load_entry(schedule_ptr, work, num_work, splits, KV_HEADS, ENTRY)
+    _row, q_start, q_len, kv_len, tile_index, split, splits, slot = _load_entry(
+        schedule_ptr, work, num_work, KV_HEADS, ENTRY
+    )
     q = _load_queries(
-        q_ptr, stride_q_token, stride_q_head, work // splits % KV_HEADS, half, q_start, q_len, tile_index,
+        q_ptr, stride_q_token, stride_q_head, work % KV_HEADS, half, q_start, q_len, tile_index,
         GROUP, DIM, BLOCK_M,
     )  # fmt: skip
     for turn in range((num_work + gl.num_programs(0) - 1) // gl.num_programs(0)):
         q_tile.store(q)
         fence_async_shared()
         next_work = _work(turn + 1)
-        _next_row, next_start, next_len, next_kv_len, next_index = _load_entry(
-            schedule_ptr, next_work, num_work, splits, KV_HEADS, ENTRY
+        _next_row, next_start, next_len, next_kv_len, next_index, next_split, next_splits, next_slot = _load_entry(
+            schedule_ptr, next_work, num_work, KV_HEADS, ENTRY
         )
         first_pair = tile_index * BLOCK_M + half * 64
         first_token = first_pair // GROUP
-        split = work % splits
         end, first, last, ragged = _blocks(
-            q_len, kv_len, tile_index, split, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT, MIN_SPLIT
+            q_len, kv_len, tile_index, split, splits, GROUP, BLOCK_M, BLOCK_N, CAUSAL, SPLIT
         )
         blocks = last - first
         pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
@@ -345,7 +349,7 @@ def _consume(
                 DIM, BLOCK_N, STAGES, CAUSAL, False, S_LAYOUT, O_LAYOUT,
             )  # fmt: skip
         q = _load_queries(
-            q_ptr, stride_q_token, stride_q_head, next_work // splits % KV_HEADS, half, next_start, next_len,
+            q_ptr, stride_q_token, stride_q_head, next_work % KV_HEADS, half, next_start, next_len,
             next_index, GROUP, DIM, BLOCK_M,
         )  # fmt: skip
         if blocks > 0:
@@ -357,40 +361,46 @@ def _consume(
 
         inverse = gl.convert_layout(v_scale / gl.where(row_sum == 0.0, 1.0, row_sum), gl.SliceLayout(1, O_LAYOUT))
         acc = acc * inverse[:, None]
-        head = work // splits % KV_HEADS * GROUP
-        out_base = out_ptr + (q_start + first_token).to(gl.int64) * stride_out_token
-        if SPLIT:  # partials [splits, num_tokens, q_heads, DIM] and their lse [splits, num_tokens, q_heads]
-            out_base += split.to(gl.int64) * num_tokens * stride_out_token
-            empty = row_sum == 0.0
-            lse = (row_max + gl.log2(gl.where(empty, 1.0, row_sum))) * 0.6931471805599453
-            lse_base = lse_ptr + (split.to(gl.int64) * num_tokens + q_start) * (KV_HEADS * GROUP)
-            gl.store(
-                lse_base + pair // GROUP * (KV_HEADS * GROUP) + head + pair % GROUP,
-                gl.where(empty, float("-inf"), lse),
-                mask=pair // GROUP < q_len,
-            )
-        # Whole lines: in the product's own layout a thread has 4 bytes in a row.
-        result = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT_LAYOUT)
-        out_pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT_LAYOUT))
-        dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, OUT_LAYOUT))
-        token = out_pair // GROUP
-        offsets = (token - first_token) * stride_out_token + (head + out_pair % GROUP) * stride_out_head
-        mask = (token < q_len)[:, None] & (dim >= 0)[None, :]
-        gl.store(out_base + offsets[:, None] + dim[None, :], result, mask=mask)
+        kv_head = work % KV_HEADS
+        is_part = False
+        if SPLIT:
+            is_part = splits > 1
+            if is_part:
+                empty = row_sum == 0.0
+                lse = (row_max + gl.log2(gl.where(empty, 1.0, row_sum))) * 0.6931471805599453
+                base = (slot.to(gl.int64) * KV_HEADS + kv_head) * BLOCK_M + half * 64
+                in_half = gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
+                lse = gl.where(empty, float("-inf"), lse)
+                gl.store(partial_lse_ptr + base + in_half, lse, mask=pair // GROUP < q_len)
+                in_half = gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
+                dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+                mask = ((first_pair + in_half) // GROUP < q_len)[:, None] & (dim >= 0)[None, :]
+                gl.store(partial_ptr + base * DIM + in_half[:, None] * DIM + dim[None, :], acc, mask=mask)
+        if not is_part:
+            # Whole lines: in the product's own layout a thread has 4 bytes in a row.
+            result = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT_LAYOUT)
+            out_pair = first_pair + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT_LAYOUT))
+            dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, OUT_LAYOUT))
+            token = out_pair // GROUP
+            head = kv_head * GROUP + out_pair % GROUP
+            offsets = (token - first_token) * stride_out_token + head * stride_out_head
+            mask = (token < q_len)[:, None] & (dim >= 0)[None, :]
+            out_base = out_ptr + (q_start + first_token).to(gl.int64) * stride_out_token
+            gl.store(out_base + offsets[:, None] + dim[None, :], result, mask=mask)
         work, q_start, q_len, kv_len, tile_index = next_work, next_start, next_len, next_kv_len, next_index
+        split, splits, slot = next_split, next_splits, next_slot
 
 
-@gluon.jit(do_not_specialize=["num_work", "splits", "num_tokens", "k_tokens", "v_tokens"])
+@gluon.jit(do_not_specialize=["num_work", "k_tokens", "v_tokens"])
 def _prefill_hopper_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
-    lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
     schedule_ptr,
     num_work,
-    splits,
-    num_tokens,
     k_tokens,
     v_tokens,
     scale,
@@ -409,9 +419,8 @@ def _prefill_hopper_kernel(
     GROUP: gl.constexpr,
     DIM: gl.constexpr,
     CAUSAL: gl.constexpr,
-    SPLIT: gl.constexpr,  # several programs share a tile's keys; out is then fp32 partials
+    SPLIT: gl.constexpr,  # a tile's keys may be in several pieces, each of which leaves a partial result
     WHOLE: gl.constexpr,  # rows and heads lie evenly spaced in one array of tokens
-    MIN_SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -437,22 +446,22 @@ def _prefill_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, schedule_ptr, num_work, splits, q_ptr, out_ptr, lse_ptr, num_tokens, scale, v_scale,
+                0, schedule_ptr, num_work, q_ptr, out_ptr, partial_ptr, partial_lse_ptr, scale, v_scale,
                 stride_q_token, stride_q_head, stride_out_token, stride_out_head,
                 q_tile_0, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, MIN_SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
+                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
             )),
             (_consume, (
-                1, schedule_ptr, num_work, splits, q_ptr, out_ptr, lse_ptr, num_tokens, scale, v_scale,
+                1, schedule_ptr, num_work, q_ptr, out_ptr, partial_ptr, partial_lse_ptr, scale, v_scale,
                 stride_q_token, stride_q_head, stride_out_token, stride_out_head,
                 q_tile_1, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, MIN_SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
+                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
             )),
             (_produce, (
-                schedule_ptr, num_work, splits, k_ptr, v_ptr, k_tokens, v_tokens,
+                schedule_ptr, num_work, k_ptr, v_ptr, k_tokens, v_tokens,
                 stride_k_row, stride_k_token, stride_k_head, stride_v_row, stride_v_token, stride_v_head,
                 k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, WHOLE, MIN_SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
+                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, WHOLE, BLOCK_M, BLOCK_N, STAGES, ENTRY,
             )),
         ],
         [4, 1],
@@ -465,33 +474,32 @@ def prefill_hopper(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor | None,
-    schedule: torch.Tensor,
-    splits: int,
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    pieces: torch.Tensor,
     *,
     scale: float,
     causal: bool,
     v_scale: float,
-    min_split: int,
 ) -> None:
-    """Launch for checked arguments of ``prefill_attention`` and a schedule for tiles of BLOCK_M pairs.
+    """Launch for checked arguments of ``prefill_attention`` and the pieces of a schedule for tiles of BLOCK_M pairs.
 
-    With ``splits`` > 1, ``out`` is the fp32 partials [splits, num_tokens, q_heads, dim] and ``lse`` theirs, contiguous.
+    A tile in several pieces leaves them in ``partial``, [slots, kv_heads, BLOCK_M, dim], and ``partial_lse``: float32.
     """
     kv_heads = k.shape[2]
     group = q.shape[1] // kv_heads
     triton.set_allocator(tile.allocate_scratch)
-    num_work = schedule.shape[0] * kv_heads * splits
+    num_work = pieces.shape[0] * kv_heads
     k_tokens, v_tokens = _tokens_in_all(k), _tokens_in_all(v)
     _prefill_hopper_kernel[(min(num_work, tile.processors(q.device)),)](
-        q, k, v, out, lse, schedule, num_work, splits, q.shape[0], k_tokens, v_tokens, scale, v_scale,
+        q, k, v, out, partial, partial_lse, pieces, num_work, k_tokens, v_tokens, scale, v_scale,
         *q.stride()[:2],
         *k.stride()[:3],
         *v.stride()[:3],
-        *out.stride()[-3:-1],
-        KV_HEADS=kv_heads, GROUP=group, DIM=q.shape[2], CAUSAL=causal, SPLIT=splits > 1,
-        WHOLE=k_tokens > 0 and v_tokens > 0, MIN_SPLIT=min_split,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, ENTRY=schedule.shape[1],
+        *out.stride()[:2],
+        KV_HEADS=kv_heads, GROUP=group, DIM=q.shape[2], CAUSAL=causal, SPLIT=partial.shape[0] > 0,
+        WHOLE=k_tokens > 0 and v_tokens > 0,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, ENTRY=pieces.shape[1],
         num_warps=4, maxnreg=168,
     )  # fmt: skip
 

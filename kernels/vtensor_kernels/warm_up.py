@@ -63,7 +63,7 @@ def _launches(
         if options.get("causal", True):
             yield functools.partial(_decode, k, v, dtype, workspace, decode_options, batch)
         for config in configs:
-            for splits in (1, 2) if batch == 1 else (1,):  # what is split does not depend on the batch
+            for splits in (1, 2):
                 fixed = dataclasses.replace(config, splits=splits)
                 yield functools.partial(_prefill, k, v, dtype, workspace.q_heads, options, batch, fixed)
 

@@ -29,7 +29,7 @@ def test_every_key_counts_once_and_nothing_behind_the_row_is_read(
     counted: list[int] = []
     for split in range(splits):
         end, first, last, ragged = plain(prefill_hopper._blocks)(
-            q_len, kv_len, tile_index, split, splits, group, BLOCK_M, BLOCK_N, causal, splits > 1, 256
+            q_len, kv_len, tile_index, split, splits, group, BLOCK_M, BLOCK_N, causal, splits > 1
         )
         assert end == expected
         for i in range(last - first):
@@ -42,5 +42,5 @@ def test_every_key_counts_once_and_nothing_behind_the_row_is_read(
 
 
 def test_entries_without_queries_have_no_blocks() -> None:
-    _, first, last, _ = plain(prefill_hopper._blocks)(0, 500, 0, 0, 1, 4, BLOCK_M, BLOCK_N, True, False, 256)
+    _, first, last, _ = plain(prefill_hopper._blocks)(0, 500, 0, 0, 1, 4, BLOCK_M, BLOCK_N, True, False)
     assert first == last

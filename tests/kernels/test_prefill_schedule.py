@@ -1,0 +1,91 @@
+"""Who computes what in a prefill: every tile once, with all its keys, longest first."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from vtensor_kernels import prefill, prefill_schedule
+from vtensor_kernels.prefill import LEVELS, PrefillConfig
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Numbers of queries and lengths of rows; some requests have no query, some more queries than keys."""
+    size = draw(st.integers(1, 7))
+    lengths = st.one_of(st.integers(0, 300), st.integers(0, 20000))
+    kv_lens = draw(st.lists(lengths, min_size=size, max_size=size))
+    q_lens = [draw(st.one_of(st.just(min(kv_len, 90)), st.integers(0, 60))) for kv_len in kv_lens]
+    return q_lens, kv_lens
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=batches(), group=st.sampled_from([1, 3, 9]), kv_heads=st.sampled_from([1, 2]),
+    splits=st.sampled_from([None, None, 1, 3]), known=st.booleans(),
+)  # fmt: skip
+def test_every_tile_is_there_once(
+    device: torch.device,
+    causal: bool,
+    batch: tuple[list[int], list[int]],
+    group: int,
+    kv_heads: int,
+    splits: int | None,
+    known: bool,
+) -> None:
+    q_lens, kv_lens = batch
+    config = PrefillConfig(32, 32, 4, 1, min_split_tokens=256, splits=splits)
+    q = torch.empty(sum(q_lens), group * kv_heads, 16, device=device)
+    k = torch.empty(1, 20000, kv_heads, 16, device="meta")
+    rows = torch.arange(len(q_lens), device=device) + 7
+    starts = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
+    schedule = prefill_schedule(
+        q, k, k, rows, starts, torch.tensor(kv_lens, dtype=torch.int32, device=device), max(q_lens), causal=causal,
+        max_kv_len=max(kv_lens) if known else None, config=config,
+    )  # fmt: skip
+
+    pieces = [entry for entry in schedule.pieces.tolist() if entry[2]] if sum(q_lens) else []
+    parts: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
+    lengths = []
+    for row, q_start, q_len, kv_len, tile_index, split, of, slot in pieces:
+        request = row - 7
+        assert (q_start, q_len, kv_len) == (starts[request], q_lens[request], kv_lens[request])
+        parts[request, tile_index].append((split, of, slot))
+        sees = min(kv_len - q_len + ((tile_index + 1) * 32 - 1) // group + 1, kv_len) if causal else kv_len
+        lengths.append(max(sees, 0) // of)
+    expected = {(request, n) for request, q_len in enumerate(q_lens) for n in range(-(-q_len * group // 32))}
+    assert set(parts) == expected
+    combined, slots = {}, []
+    for tile, found in parts.items():
+        split, of, slot = (set(values) for values in zip(*found, strict=True))
+        assert len(of) == 1 and sorted(split) == list(range(of.pop())) and len(found) == len(split)
+        if len(found) > 1:
+            slots += slot
+            combined[tile] = (len(found), min(slot))
+    assert len(set(slots)) == len(slots) and all(0 <= slot < schedule.num_slots for slot in slots)
+    listed = {}
+    for q_start, q_len, tile_index, of, slot, *_ in schedule.combined.tolist():
+        if q_len:
+            request = next(n for n, start in enumerate(starts.tolist()) if start == q_start and q_lens[n])
+            listed[request, tile_index] = (of, slot)
+    assert listed == combined
+    step = max(max(kv_lens) // LEVELS, 1)
+    levels = [length // step for length in lengths]
+    assert levels == sorted(levels, reverse=True), "the longest come first"
+
+
+def test_one_long_row_beside_many_short_ones_is_split(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No piece is longer than a program's mean work, although there are tiles for all."""
+    monkeypatch.setattr(prefill.tile, "processors", lambda device: 16)
+    lens, kv_lens = [256, *[64] * 31], [30000, *[576] * 31]
+    q = torch.empty(sum(lens), 4, 16, device=device)
+    k = torch.empty(1, 30000, 1, 16, device="meta")
+    schedule = prefill_schedule(
+        q, k, k, torch.arange(32, device=device), torch.tensor([0, *lens], device=device).cumsum(0).int(),
+        torch.tensor(kv_lens, dtype=torch.int32, device=device), 256, config=PrefillConfig(128, 128, 8, 1),
+    )  # fmt: skip
+    pieces = [entry for entry in schedule.pieces.tolist() if entry[2]]
+    work = [kv_len / of for _, _, _, kv_len, _, _, of, _ in pieces]
+    assert max(work) <= 1.1 * sum(work) / 16
