@@ -54,6 +54,8 @@ class PrefillSchedule:
     """[pieces, 8] int32: a tile of queries against its keys, or a part of them; longest first."""
     combined: torch.Tensor
     """[tiles, 8] int32: the tiles whose keys are in several pieces; none where nothing can be split."""
+    count: torch.Tensor
+    """How many pieces there are; the first of [8] int32."""
     num_slots: int
     """Room for partial results, in tiles of a kv head."""
     num_tiles: int
@@ -67,14 +69,24 @@ q_len, tile in the request, splits, first slot, 3 unused. q_len is 0 behind the 
 
 @triton.jit
 def _tiles_as_long(tokens, tiles, q_len, kv_len, group, block_m, CAUSAL: tl.constexpr):
-    """How many of each request's tiles see at least so many keys; all of them do see 0."""
-    found = tl.where(tokens <= kv_len, tiles, 0)
+    """How many of each request's tiles see at least so many keys, as ``_keys_seen`` has it; all of them do see 0."""
+    shorter = tl.zeros_like(tiles)
     if CAUSAL:
-        # Tile i sees kv_len - q_len + ((i + 1) * block_m - 1) // group + 1 keys, or all.
         missing = tokens - 1 - (kv_len - q_len)
-        shorter = tl.where(missing > 0, tl.cdiv(missing * group + 1, block_m) - 1, 0)
-        found = tl.where(tokens <= kv_len, tl.maximum(tiles - shorter, 0), 0)
+        differ = (missing > 0) & (2 * q_len > kv_len)
+        shorter = tl.where(differ, tl.cdiv(missing * group + 1, block_m) - 1, 0)
+    found = tl.where(tokens <= kv_len, tl.maximum(tiles - shorter, 0), 0)
     return tl.where(tokens <= 0, tiles, found)
+
+
+@triton.jit
+def _keys_seen(tile_index, q_len, kv_len, group, block_m, CAUSAL: tl.constexpr):
+    """By a tile of queries. Behind a prefix that is as long all tiles count alike, so that they stay together."""
+    seen = kv_len
+    if CAUSAL:
+        last = kv_len - q_len + ((tile_index + 1) * block_m - 1) // group
+        seen = tl.where(2 * q_len > kv_len, tl.maximum(tl.minimum(last + 1, kv_len), 0), kv_len)
+    return seen
 
 
 @triton.jit(
@@ -83,6 +95,7 @@ def _tiles_as_long(tokens, tiles, q_len, kv_len, group, block_m, CAUSAL: tl.cons
 def _schedule_kernel(
     pieces_ptr,
     combined_ptr,
+    count_ptr,
     rows_ptr,
     qo_indptr,
     kv_lens,
@@ -105,8 +118,8 @@ def _schedule_kernel(
 ):
     """Write one tile's pieces to where they belong by length.
 
-    Lengths are compared in steps of a part of the longest row, so that tiles of one request, which read the same keys,
-    stay together.
+    Lengths are compared in steps of a part of the longest row: tiles of one request read the same keys, which are in
+    the L2 cache as long as they stay together.
     """
     index = tl.program_id(0)
     request = tl.arange(0, BLOCK_B)
@@ -139,11 +152,8 @@ def _schedule_kernel(
         own_splits = tl.sum(tl.where(mine, splits, 0), 0)
         tile_index = index - tl.sum(tl.where(mine, last - tiles, 0), 0)
         row = tl.load(rows_ptr + own_request).to(tl.int32)
-        sees = own_kv_len
-        if CAUSAL:
-            sees = tl.minimum(own_kv_len - own_len + ((tile_index + 1) * block_m - 1) // group + 1, own_kv_len)
         step = tl.maximum(tl.max(kv_len, 0) // LEVELS, 1)
-        level = tl.maximum(sees, 0) // own_splits // step
+        level = _keys_seen(tile_index, own_len, own_kv_len, group, block_m, CAUSAL) // own_splits // step
         longer = _tiles_as_long((level + 1) * step * splits, tiles, q_len, kv_len, group, block_m, CAUSAL)
         alike = _tiles_as_long(level * step * splits, tiles, q_len, kv_len, group, block_m, CAUSAL) - longer
         before = longer * splits + tl.where(request < own_request, alike * splits, 0)
@@ -169,7 +179,10 @@ def _schedule_kernel(
             tl.store(entry + 2, tile_index)
             tl.store(entry + 3, own_splits)
             tl.store(entry + 4, slot)
-    if (index >= tl.sum(tiles * splits, 0)) & (index < pieces):
+    num_pieces = tl.sum(tiles * splits, 0)
+    if index == 0:
+        tl.store(count_ptr, num_pieces)
+    if (index >= num_pieces) & (index < pieces):
         entry = pieces_ptr + index * ENTRY
         for number in tl.static_range(ENTRY):
             tl.store(entry + number, 0)
@@ -495,7 +508,7 @@ def prefill_attention(
         from vtensor_kernels.prefill_hopper import prefill_hopper  # Gluon, needed here only
 
         prefill_hopper(
-            q, k, v, out, partial, partial_lse, pieces, scale=scale, causal=causal, v_scale=v_scale
+            q, k, v, out, partial, partial_lse, pieces, schedule.count, scale=scale, causal=causal, v_scale=v_scale
         )  # fmt: skip
     else:
         if use_tma and not tile.INTERPRETING:
@@ -585,17 +598,18 @@ def prefill_schedule(
     if config.splits is not None:
         if config.splits > 1:
             slots, combined = tiles * config.splits, tiles
-    elif tiles and (splits > 1 or longest >= LONG_TOKENS):
+    elif splits > 1 or (batch > 1 and longest >= LONG_TOKENS):
         # A piece of a split tile is MIXED_SHARE of what a program does, or more.
         slots = int(processors / (MIXED_SHARE * kv_heads)) + 1
-        combined = slots // 2
+        slots = min(slots, tiles * min(MAX_SPLITS, triton.cdiv(longest, config.min_split_tokens)))
+        combined = min(slots // 2, tiles)
     pieces = tiles + slots
-    table = torch.empty(pieces + combined, _ENTRY, dtype=torch.int32, device=q.device)
-    schedule = PrefillSchedule(table[:pieces], table[pieces:], slots, tiles, config)
+    table = torch.empty(pieces + combined + 1, _ENTRY, dtype=torch.int32, device=q.device)
+    schedule = PrefillSchedule(table[:pieces], table[pieces:-1], table[-1], slots, tiles, config)
     if tiles:
         _schedule_kernel[(pieces,)](
-            schedule.pieces, schedule.combined, rows, qo_indptr, kv_lens, batch, group, config.block_m, kv_heads,
-            processors, pieces, combined, config.min_split_tokens, config.splits or 0,
+            schedule.pieces, schedule.combined, schedule.count, rows, qo_indptr, kv_lens, batch, group, config.block_m,
+            kv_heads, processors, pieces, combined, config.min_split_tokens, config.splits or 0,
             BLOCK_B=tile.block_batch(batch), LEVELS=LEVELS, MIXED_SHARE=MIXED_SHARE, MAX_SPLITS=MAX_SPLITS,
             SPLIT=slots > 0, CAUSAL=causal, ENTRY=_ENTRY, num_warps=4,
         )  # fmt: skip

@@ -391,7 +391,7 @@ def _consume(
         split, splits, slot = next_split, next_splits, next_slot
 
 
-@gluon.jit(do_not_specialize=["num_work", "k_tokens", "v_tokens"])
+@gluon.jit(do_not_specialize=["k_tokens", "v_tokens"])
 def _prefill_hopper_kernel(
     q_ptr,
     k_ptr,
@@ -400,7 +400,7 @@ def _prefill_hopper_kernel(
     partial_ptr,
     partial_lse_ptr,
     schedule_ptr,
-    num_work,
+    count_ptr,
     k_tokens,
     v_tokens,
     scale,
@@ -427,6 +427,7 @@ def _prefill_hopper_kernel(
     ENTRY: gl.constexpr,
 ):
     """out = softmax(q k^T * sm_scale) v, one resident program a processor, each taking tiles by turns."""
+    num_work = gl.load(count_ptr) * KV_HEADS
     dtype: gl.constexpr = k_ptr.dtype.element_ty
     KV_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DIM], dtype)
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
@@ -477,22 +478,22 @@ def prefill_hopper(
     partial: torch.Tensor,
     partial_lse: torch.Tensor,
     pieces: torch.Tensor,
+    count: torch.Tensor,
     *,
     scale: float,
     causal: bool,
     v_scale: float,
 ) -> None:
-    """Launch for checked arguments of ``prefill_attention`` and the pieces of a schedule for tiles of BLOCK_M pairs.
+    """Launch for checked arguments of ``prefill_attention``; ``pieces`` and ``count`` are of its schedule.
 
     A tile in several pieces leaves them in ``partial``, [slots, kv_heads, BLOCK_M, dim], and ``partial_lse``: float32.
     """
     kv_heads = k.shape[2]
     group = q.shape[1] // kv_heads
     triton.set_allocator(tile.allocate_scratch)
-    num_work = pieces.shape[0] * kv_heads
     k_tokens, v_tokens = _tokens_in_all(k), _tokens_in_all(v)
-    _prefill_hopper_kernel[(min(num_work, tile.processors(q.device)),)](
-        q, k, v, out, partial, partial_lse, pieces, num_work, k_tokens, v_tokens, scale, v_scale,
+    _prefill_hopper_kernel[(min(pieces.shape[0] * kv_heads, tile.processors(q.device)),)](
+        q, k, v, out, partial, partial_lse, pieces, count, k_tokens, v_tokens, scale, v_scale,
         *q.stride()[:2],
         *k.stride()[:3],
         *v.stride()[:3],

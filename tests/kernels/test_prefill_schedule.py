@@ -53,8 +53,11 @@ def test_every_tile_is_there_once(
         request = row - 7
         assert (q_start, q_len, kv_len) == (starts[request], q_lens[request], kv_lens[request])
         parts[request, tile_index].append((split, of, slot))
-        sees = min(kv_len - q_len + ((tile_index + 1) * 32 - 1) // group + 1, kv_len) if causal else kv_len
-        lengths.append(max(sees, 0) // of)
+        sees = kv_len
+        if causal and 2 * q_len > kv_len:
+            sees = max(min(kv_len - q_len + ((tile_index + 1) * 32 - 1) // group + 1, kv_len), 0)
+        lengths.append(sees // of)
+    assert not sum(q_lens) or int(schedule.count[0]) == len(pieces)
     expected = {(request, n) for request, q_len in enumerate(q_lens) for n in range(-(-q_len * group // 32))}
     assert set(parts) == expected
     combined, slots = {}, []
