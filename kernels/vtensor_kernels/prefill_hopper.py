@@ -25,8 +25,7 @@ from vtensor_kernels import tile
 BLOCK_M = 128
 """(token, query head) pairs of a tile; each of the two warpgroups takes half."""
 BLOCK_N = 128
-K_STAGES = 2
-V_STAGES = 2
+STAGES = 2
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.7 renamed it
 
 
@@ -74,18 +73,17 @@ def _work(turn):
 @gluon.jit
 def _copy_blocks(
     k_source, v_source, end, first, last, ragged, count, k_token, k_column, v_token, v_column,
-    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-    BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy a piece of work's blocks, as stages become free."""
     for i in range(last - first):
+        stage = count % STAGES
+        free_phase = (count // STAGES + 1) & 1
         start = gl.maximum(end - (_block(i, first, last, ragged) + 1) * BLOCK_N, 0)
-        stage = count % K_STAGES
-        mbarrier.wait(k_free.index(stage), (count // K_STAGES + 1) & 1)
+        mbarrier.wait(k_free.index(stage), free_phase)
         mbarrier.expect(k_ready.index(stage), k_source.block_type.nbytes)
         _copy(k_source, [k_token + start, k_column], k_ready.index(stage), k_tiles.index(stage))
-        stage = count % V_STAGES
-        mbarrier.wait(v_free.index(stage), (count // V_STAGES + 1) & 1)
+        mbarrier.wait(v_free.index(stage), free_phase)
         mbarrier.expect(v_ready.index(stage), v_source.block_type.nbytes)
         _copy(v_source, [v_token + start, v_column], v_ready.index(stage), v_tiles.index(stage))
         count += 1
@@ -99,7 +97,7 @@ def _produce(
     k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
     WHOLE: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, ENTRY: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
 ):  # fmt: skip
     """Copy the key blocks of every tile, and read the next tile's entry meanwhile.
 
@@ -136,10 +134,10 @@ def _produce(
                 exact = kv_len < BLOCK_N
             if exact:
                 # These descriptors lie in one place for all tiles: no copy through the old ones may be in flight.
-                for stage in gl.static_range(K_STAGES):
-                    mbarrier.wait(k_ready.index(stage), ((count - stage + K_STAGES - 1) // K_STAGES + 1) & 1)
-                for stage in gl.static_range(V_STAGES):
-                    mbarrier.wait(v_ready.index(stage), ((count - stage + V_STAGES - 1) // V_STAGES + 1) & 1)
+                for any_stage in gl.static_range(STAGES):
+                    uses = (count - any_stage + STAGES - 1) // STAGES
+                    mbarrier.wait(k_ready.index(any_stage), (uses + 1) & 1)
+                    mbarrier.wait(v_ready.index(any_stage), (uses + 1) & 1)
                 k_row = tma.make_tensor_descriptor(
                     k_ptr + row.to(gl.int64) * stride_k_row + kv_head.to(gl.int64) * stride_k_head,
                     [kv_len, DIM], [stride_k_token, 1], [BLOCK_N, DIM], k_tiles.layout,
@@ -150,14 +148,14 @@ def _produce(
                 )  # fmt: skip
                 count = _copy_blocks(
                     k_row, v_row, end, first, last, ragged, count, 0, 0, 0, 0,
-                    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, K_STAGES, V_STAGES,
+                    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, STAGES,
                 )  # fmt: skip
             elif WHOLE:
                 count = _copy_blocks(
                     k_all, v_all, end, first, last, ragged, count,
                     (row.to(gl.int64) * (stride_k_row // stride_k_token)).to(gl.int32), kv_head * stride_k_head,
                     (row.to(gl.int64) * (stride_v_row // stride_v_token)).to(gl.int32), kv_head * stride_v_head,
-                    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, K_STAGES, V_STAGES,
+                    k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, BLOCK_N, STAGES,
                 )  # fmt: skip
         work, row, q_len, kv_len = next_work, next_row, next_len, next_kv_len
         tile_index, split, splits = next_index, next_split, next_splits
@@ -209,19 +207,18 @@ def _pin(row_sum):
 def _steps(
     acc, row_max, row_sum, p, count, begin, stop, end, first, last, ragged, position, scale,
     q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-    DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    MASKED: gl.constexpr,
+    DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The blocks that come [begin, stop)-th: scores of each overlap with the values of the one before."""
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     for i in range(begin, stop):
-        stage = count % K_STAGES
-        before = (count - 1) % V_STAGES
-        mbarrier.wait(k_ready.index(stage), (count // K_STAGES) & 1)
+        stage = count % STAGES
+        before = (count - 1) % STAGES
+        mbarrier.wait(k_ready.index(stage), (count // STAGES) & 1)
         zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
         s = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(before), ((count - 1) // V_STAGES) & 1)
+        mbarrier.wait(v_ready.index(before), ((count - 1) // STAGES) & 1)
         acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
         mbarrier.arrive(k_free.index(stage))
@@ -282,7 +279,7 @@ def _consume(
     stride_q_token, stride_q_head, stride_out_token, stride_out_head,
     q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, ENTRY: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ENTRY: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 of each tile's pairs against all of its key blocks.
 
@@ -327,12 +324,13 @@ def _consume(
                 seen = gl.maximum(kv_len - q_len + first_token + 1, 0)
                 masked = gl.maximum((end - seen + BLOCK_N - 1) // BLOCK_N - first, 1)
             masked = gl.minimum(masked + ragged, blocks)
-            stage = count % K_STAGES
-            mbarrier.wait(k_ready.index(stage), (count // K_STAGES) & 1)
+            mbarrier.wait(k_ready.index(count % STAGES), (count // STAGES) & 1)
             zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-            s = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma(
+                q_tile, k_tiles.index(count % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True
+            )
             s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
-            mbarrier.arrive(k_free.index(stage))
+            mbarrier.arrive(k_free.index(count % STAGES))
             limit = end - first * BLOCK_N
             new_p, row_max, row_sum, _ = _softmax(
                 s, row_max, row_sum, position, gl.maximum(limit - BLOCK_N, 0), limit, scale,
@@ -343,20 +341,20 @@ def _consume(
             acc, row_max, row_sum, p, count = _steps(
                 acc, row_max, row_sum, p, count, 1, masked, end, first, last, ragged, position, scale,
                 q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                DIM, BLOCK_N, K_STAGES, V_STAGES, CAUSAL, True, S_LAYOUT, O_LAYOUT,
+                DIM, BLOCK_N, STAGES, CAUSAL, True, S_LAYOUT, O_LAYOUT,
             )  # fmt: skip
             acc, row_max, row_sum, p, count = _steps(
                 acc, row_max, row_sum, p, count, masked, blocks, end, first, last, ragged, position, scale,
                 q_tile, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                DIM, BLOCK_N, K_STAGES, V_STAGES, CAUSAL, False, S_LAYOUT, O_LAYOUT,
+                DIM, BLOCK_N, STAGES, CAUSAL, False, S_LAYOUT, O_LAYOUT,
             )  # fmt: skip
         q = _load_queries(
             q_ptr, stride_q_token, stride_q_head, next_work % KV_HEADS, half, next_start, next_len,
             next_index, GROUP, DIM, BLOCK_M,
         )  # fmt: skip
         if blocks > 0:
-            before = (count - 1) % V_STAGES
-            mbarrier.wait(v_ready.index(before), ((count - 1) // V_STAGES) & 1)
+            before = (count - 1) % STAGES
+            mbarrier.wait(v_ready.index(before), ((count - 1) // STAGES) & 1)
             acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
             mbarrier.arrive(v_free.index(before))
@@ -425,8 +423,7 @@ def _prefill_hopper_kernel(
     WHOLE: gl.constexpr,  # rows and heads lie evenly spaced in one array of tokens
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
     ENTRY: gl.constexpr,
 ):
     """out = softmax(q k^T * sm_scale) v, one resident program a processor, each taking tiles by turns."""
@@ -436,17 +433,16 @@ def _prefill_hopper_kernel(
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
     q_tile_0 = gl.allocate_shared_memory(dtype, [64, DIM], Q_LAYOUT)
     q_tile_1 = gl.allocate_shared_memory(dtype, [64, DIM], Q_LAYOUT)
-    k_tiles = gl.allocate_shared_memory(dtype, [K_STAGES, BLOCK_N, DIM], KV_LAYOUT)
-    v_tiles = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, DIM], KV_LAYOUT)
-    k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(K_STAGES):
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], KV_LAYOUT)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], KV_LAYOUT)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=2)  # both warpgroups are done with it
-    for stage in gl.static_range(V_STAGES):
         mbarrier.init(v_ready.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=2)  # both warpgroups are done with it
         mbarrier.init(v_free.index(stage), count=2)
     gl.warp_specialize(
         [
@@ -454,19 +450,19 @@ def _prefill_hopper_kernel(
                 0, schedule_ptr, num_work, q_ptr, out_ptr, partial_ptr, partial_lse_ptr, scale, v_scale,
                 stride_q_token, stride_q_head, stride_out_token, stride_out_head,
                 q_tile_0, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, BLOCK_M, BLOCK_N, K_STAGES, V_STAGES, ENTRY,
+                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
             )),
             (_consume, (
                 1, schedule_ptr, num_work, q_ptr, out_ptr, partial_ptr, partial_lse_ptr, scale, v_scale,
                 stride_q_token, stride_q_head, stride_out_token, stride_out_head,
                 q_tile_1, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, BLOCK_M, BLOCK_N, K_STAGES, V_STAGES, ENTRY,
+                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, BLOCK_M, BLOCK_N, STAGES, ENTRY,
             )),
             (_produce, (
                 schedule_ptr, num_work, k_ptr, v_ptr, k_tokens, v_tokens,
                 stride_k_row, stride_k_token, stride_k_head, stride_v_row, stride_v_token, stride_v_head,
                 k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
-                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, WHOLE, BLOCK_M, BLOCK_N, K_STAGES, V_STAGES, ENTRY,
+                KV_HEADS, GROUP, DIM, CAUSAL, SPLIT, WHOLE, BLOCK_M, BLOCK_N, STAGES, ENTRY,
             )),
         ],
         [4, 1],
@@ -504,7 +500,7 @@ def prefill_hopper(
         *out.stride()[:2],
         KV_HEADS=kv_heads, GROUP=group, DIM=q.shape[2], CAUSAL=causal, SPLIT=partial.shape[0] > 0,
         WHOLE=k_tokens > 0 and v_tokens > 0,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, K_STAGES=K_STAGES, V_STAGES=V_STAGES, ENTRY=pieces.shape[1],
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, ENTRY=pieces.shape[1],
         num_warps=4, maxnreg=168,
     )  # fmt: skip
 
