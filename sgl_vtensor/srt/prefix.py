@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_left, bisect_right
+from dataclasses import replace
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from typing import Any
@@ -69,6 +70,9 @@ class VTensorRadixCache(RadixCache):
     """
 
     token_to_kv_pool_allocator: VTensorAllocator
+    least_computed = 1
+    """Tokens of a prompt that are computed, however much of it is cached. Where SGLang captures prefills, as many as
+    the smallest graph takes: one token alone runs without, each kernel launched by itself, 15 ms for an 8B model."""
 
     def reset(self) -> None:
         # Leaves by the time of their last use, as it was when they came in: times only grow, so that the first is not
@@ -88,8 +92,12 @@ class VTensorRadixCache(RadixCache):
         self._first_pages: dict[tuple[int, str | None, str | None], list[tuple[int, ...]]] = {}
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        result = super().match_prefix(params)
-        key, matched = params.key, result.device_prefix_len
+        key = params.key
+        if self.least_computed > 1:  # the key ends one token before the prompt
+            limit = max(len(key) + 1 - self.least_computed, 0)
+            key = RadixKey(key.token_ids, key.extra_key, limit=limit, cache_salt=key.cache_salt)
+        result = super().match_prefix(replace(params, key=key))
+        matched = result.device_prefix_len
         if self.disable or matched >= len(key):
             return result
         node = result.last_device_node
@@ -306,7 +314,7 @@ class VTensorRadixCache(RadixCache):
         if self.disable or req.positional_embed_overrides is not None:
             return []
         token_ids = req.origin_input_ids + req.output_ids
-        limit = req._compute_max_prefix_len(len(token_ids))
+        limit = max(req._compute_max_prefix_len(len(token_ids)) + 1 - self.least_computed, 0)
         key = RadixKey(token_ids, req.extra_key, limit=limit, cache_salt=req.cache_salt)
         node, depth = self.root_node, 0
         pages: list[int] = []
@@ -462,6 +470,8 @@ def _num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 def build_tree(context: TreeCacheBuildContext) -> VTensorRadixCache:
     """SGLang's factory for ``--radix-cache-backend vtensor``. The last place to notice that a hook is missing."""
+    from sglang.srt.model_executor.runner import prefill_cuda_graph_runner  # seconds, and the runner has it by now
+
     from sgl_vtensor.srt import compat
 
     compat.check_installed()
@@ -471,7 +481,12 @@ def build_tree(context: TreeCacheBuildContext) -> VTensorRadixCache:
             f"SGLang built a {type(allocator).__name__} in place of vTensor memory's allocator; "
             "start the server with --enable-vtensor rather than with --radix-cache-backend vtensor"
         )
-    return VTensorRadixCache(context.params)
+    tree = VTensorRadixCache(context.params)
+    graphs = context.tp_worker.model_runner.prefill_cuda_graph_runner
+    if isinstance(graphs, prefill_cuda_graph_runner.PrefillCudaGraphRunner):
+        padding = prefill_cuda_graph_runner._MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR
+        tree.least_computed = -(-min(graphs.capture_num_tokens) // padding)
+    return tree
 
 
 def register_tree() -> None:

@@ -686,8 +686,18 @@ def test_without_a_reserve_nothing_is_taken_ahead_and_while_memory_is_short_no_m
     policy.step(world.tree, LOOK_SECONDS)
     policy.launched()
     assert pages.num_free_backed == PAGES_CREATED_AT_ONCE
-    policy.launched(pages_computed=1)
+    policy.launched()
     assert policy.ready_pages == pages.num_free_backed == 12
+
+
+def test_first_tokens_of_short_prefills_do_not_wait_for_pages_that_nobody_needs_yet(world: World) -> None:
+    """Nothing is created behind such a prefill, nor behind the step whose launch its result waits for."""
+    policy, pages = world.policy, world.pool.pages
+    policy.reserve_pages = 40
+    for launch, created in ((0, 0), (None, 0), (7, 0), (2, 0), (None, 0), (None, 8), (8, 16), (None, 8), (None, 8)):
+        before = pages.num_free_backed
+        policy.launched(pages_computed=launch)
+        assert pages.num_free_backed - before == min(created, 40 - before), launch
 
 
 def test_a_prefill_has_as_many_created_behind_it_as_it_fills(world: World) -> None:

@@ -535,10 +535,22 @@ def waiting(tokens: list[int], **more: Any) -> Any:
     return SimpleNamespace(origin_input_ids=array("q", tokens), **given | more)
 
 
+def test_a_prompt_keeps_as_many_tokens_to_compute_as_a_captured_graph_takes(served: Served) -> None:
+    """Also where pages end: the last is copied from, then, rather than shared."""
+    served.cache.least_computed = 3
+    for len_tokens in (1, 2, 3, 7, PAGE_TOKENS, 2 * PAGE_TOKENS + 1, 2 * PAGE_TOKENS + 2, 3 * PAGE_TOKENS + 3):
+        for _ in range(2):
+            served.start([len_tokens] * len_tokens)
+            served.end(served.running[0])
+            served.check()
+        assert served.hits[-2:] == [0, max(len_tokens - 3, 0)]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_what_a_waiting_request_will_be_granted_is_known_without_touching_the_tree(seed: int) -> None:
     dice = random.Random(seed)
     tree = Tree()
+    tree.cache.least_computed = 1 + seed % 2
     told: list[list[int]] = [[]]
     found = 0
 
