@@ -24,9 +24,9 @@ PAGES_RELEASED_UNDER_LOAD = 32
 """The same in one look while requests run: less than 5 ms, by which no token may be late."""
 PAGES_CREATED_AT_ONCE = 8
 """Behind a launch that computes for a few milliseconds."""
-SHORT_PREFILL_PAGES = 8
-"""A prefill of fewer computes for no longer than the CPU takes for its launch and the next one: behind either of them
-pages would hold up first tokens, by 2.3 of 26 ms for prompts that take three pages each."""
+REFILL_SHARE = 0.5
+"""Of what is to be ready: below it pages are created, launch after launch, until all of it is. A few behind each launch
+would make every first token later, by 2.3 of 26 ms for prompts that begin three pages each."""
 BURST_SECONDS = 10.0
 """What one launch took of pages is kept ready for the next that takes as many: agents that come back together, or the
 chunks of a long prompt. So long, and up to twice as long, after the last."""
@@ -93,7 +93,7 @@ class MemoryPolicy:
         self._bursts = [0, 0]
         """The most that one launch took, in this stretch of time and in the one before."""
         self._next_stretch = 0.0
-        self._was_short_prefill = False
+        self._refills = True
         self._is_short = False
         """Whether the device has no memory to spare, as the last look said."""
         self._next_decision = 0.0
@@ -177,7 +177,7 @@ class MemoryPolicy:
                 if evicted and short and yields:
                     self._release_for_neighbours(yields)
 
-    def launched(self, pages_soon: int = 0, pages_computed: int | None = None) -> None:
+    def launched(self, pages_soon: int = 0, pages_computed: int = 0) -> None:
         """Behind a launch, while the GPU computes: some pages ahead of need, so that the next launch waits for none.
 
         This itself never waits, and what each rank has ready decides nothing.
@@ -185,8 +185,8 @@ class MemoryPolicy:
         Args:
             pages_soon: that requests begin in the next steps. Requests of one length begin theirs in the same one, more
                 than a reserve holds. Without a reserve nothing is taken ahead.
-            pages_computed: that this launch fills; None: it is no prefill. A prefill of many computes for so much
-                longer than it takes to create as many.
+            pages_computed: that this launch fills, if it is a prefill: it computes for so much longer than it takes to
+                create as many.
         """
         self._idle_since = None
         pages = self.pool.pages
@@ -194,17 +194,16 @@ class MemoryPolicy:
         self._taken = pages.num_taken
         ready = pages.num_free_backed
         wanted = max(self.ready_pages, pages_soon) if self.reserve_pages else 0
-        is_short_prefill = pages_computed is not None and pages_computed < SHORT_PREFILL_PAGES
-        has_time = not is_short_prefill and not self._was_short_prefill
-        self._was_short_prefill = is_short_prefill
-        if ready < wanted and has_time:
+        refills = ready < (wanted if self._refills else max(REFILL_SHARE * wanted, pages_soon))
+        if refills:
             try:
-                self.pool.prepare(min(wanted, ready + PAGES_CREATED_AT_ONCE + (pages_computed or 0)))
+                self.pool.prepare(min(wanted, ready + PAGES_CREATED_AT_ONCE + pages_computed))
             except OutOfMemory:
                 pass  # when a page is needed it is asked for again
             except DriverError as error:
                 self._warn("reserve", "the reserve could not be filled (%s)", error)
             self.pages_created_ahead += pages.num_free_backed - ready
+        self._refills = refills and pages.num_free_backed < wanted
 
     def idle(self, tree_cache: Any, now: float) -> None:
         """No batch is in flight. SGLang comes here again and again while there is nothing to do."""

@@ -188,10 +188,8 @@ class Runtime:
             self.pool.launch(event)
         else:
             self.pool.launch(None)
-        pages_computed = None
-        if batch.forward_mode.is_extend():
-            pages_computed = (batch.extend_num_tokens or 0) // self.pool.layout.page_tokens
-        self.policy.launched(self._pages_soon(batch), pages_computed)
+        computed = (batch.extend_num_tokens or 0) if batch.forward_mode.is_extend() else 0
+        self.policy.launched(self._pages_soon(batch), computed // self.pool.layout.page_tokens)
         if self.config.unmap_rows:
             self.pool.unmap_parked()
         if self.can_read_homes and self.reads_rows:

@@ -690,14 +690,16 @@ def test_without_a_reserve_nothing_is_taken_ahead_and_while_memory_is_short_no_m
     assert policy.ready_pages == pages.num_free_backed == 12
 
 
-def test_first_tokens_of_short_prefills_do_not_wait_for_pages_that_nobody_needs_yet(world: World) -> None:
-    """Nothing is created behind such a prefill, nor behind the step whose launch its result waits for."""
+def test_pages_are_created_in_stretches_rather_than_a_few_behind_each_launch(world: World) -> None:
+    """From half of what is to be ready up to all of it; sooner only what requests begin in the next steps."""
     policy, pages = world.policy, world.pool.pages
-    policy.reserve_pages = 40
-    for launch, created in ((0, 0), (None, 0), (7, 0), (2, 0), (None, 0), (None, 8), (8, 16), (None, 8), (None, 8)):
+    policy.reserve_pages = 20
+    steps = [(0, 0, 8), (0, 0, 8), (0, 0, 4), (3, 0, 0), (7, 0, 0), (1, 0, 8), (0, 0, 3), (0, 0, 0)]
+    for taken, soon, created in [*steps, (6, 14, 0), (0, 15, 6), (0, 15, 0)]:
+        pages.take_many(taken)
         before = pages.num_free_backed
-        policy.launched(pages_computed=launch)
-        assert pages.num_free_backed - before == min(created, 40 - before), launch
+        policy.launched(soon)
+        assert pages.num_free_backed - before == created, (taken, before)
 
 
 def test_a_prefill_has_as_many_created_behind_it_as_it_fills(world: World) -> None:
