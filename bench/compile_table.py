@@ -88,12 +88,12 @@ def views(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
     return k, v
 
 
-def prefill(model: Model, batch: int, new: int) -> None:
-    """``batch`` requests with ``new`` tokens each."""
+def prefill(model: Model, batch: int, new: int, max_kv_len: int | None = None) -> None:
+    """``batch`` requests with ``new`` tokens each. Keys of few tiles are split, and of long rows."""
     q = on_meta(batch * new, model.q_heads, model.head_dim, dtype=model.dtype)
     prefill_attention(
         q, *views(model), torch.empty_like(q), on_meta(batch), on_meta(batch + 1), on_meta(batch), new,
-        **model.all_options(),
+        max_kv_len=max_kv_len, **model.all_options(),
     )  # fmt: skip
 
 
@@ -111,10 +111,10 @@ def launches(model: Model, capability: int) -> Iterator[tuple[str, Any]]:
     full = PROCESSORS[capability] // model.kv_heads + 1  # requests that fill the device, at a tile a kv head
     if model.causal:
         yield "decode", lambda: decode(model, 8)
-    yield "prefill", lambda: prefill(model, full, 512)
+    yield "prefill", lambda: prefill(model, full, 512, 1024)
     yield "prefill, split", lambda: prefill(model, 1, 128)
     if model.q_heads // model.kv_heads <= 64:
-        yield "prefill, few new", lambda: prefill(model, full, 1)
+        yield "prefill, few new", lambda: prefill(model, full, 1, 1024)
         yield "prefill, few new, split", lambda: prefill(model, 1, 1)
 
 
