@@ -90,8 +90,11 @@ def _keys_seen(tile_index, q_len, kv_len, group, block_m, CAUSAL: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["batch", "group", "block_m", "kv_heads", "programs", "pieces", "combined", "min_split", "forced"]
-)
+    do_not_specialize=[
+        "batch", "group", "block_m", "kv_heads", "programs", "pieces", "combined", "slots", "min_split", "most_splits",
+        "forced",
+    ]
+)  # fmt: skip
 def _schedule_kernel(
     pieces_ptr,
     combined_ptr,
@@ -106,17 +109,18 @@ def _schedule_kernel(
     programs,  # that run at once
     pieces,  # room for so many
     combined,
+    slots,
     min_split,
+    most_splits,
     forced,  # splits of each tile, as a measurement asks; 0: as many as balance the work
     BLOCK_B: tl.constexpr,
     LEVELS: tl.constexpr,
     MIXED_SHARE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr,
     ENTRY: tl.constexpr,
 ):
-    """Write one tile's pieces to where they belong by length.
+    """Write one tile's pieces to where they belong by length; never beyond the table, whatever bounds a caller broke.
 
     Lengths are compared in steps of a part of the longest row: tiles of one request read the same keys, which are in
     the L2 cache as long as they stay together.
@@ -139,7 +143,8 @@ def _schedule_kernel(
         # With more tiles than programs, shorter pieces fill up what longer ones leave.
         share *= tl.where(num_tiles * kv_heads <= programs, 1.0, MIXED_SHARE)
         splits = tl.minimum((seen / share).to(tl.int32), tl.cdiv(kv_len, min_split))
-        splits = tl.where(forced > 0, forced, tl.minimum(tl.maximum(splits, 1), MAX_SPLITS))
+        splits = tl.where(forced > 0, forced, tl.minimum(tl.maximum(splits, 1), most_splits))
+        splits = tl.where(tl.sum(tl.where(splits > 1, tiles * splits, 0), 0) <= slots, splits, 1)
     last = tl.cumsum(tiles, 0)
     mine = (index >= last - tiles) & (index < last)
 
@@ -162,7 +167,7 @@ def _schedule_kernel(
         is_split = splits > 1
         earlier = (request < own_request) & is_split
         slot = tl.sum(tl.where(earlier, tiles * splits, 0), 0) + tile_index * own_splits
-        for split in range(own_splits):
+        for split in range(tl.minimum(own_splits, pieces - place)):
             entry = pieces_ptr + (place + split) * ENTRY
             tl.store(entry, row)
             tl.store(entry + 1, own_start)
@@ -172,14 +177,15 @@ def _schedule_kernel(
             tl.store(entry + 5, split)
             tl.store(entry + 6, own_splits)
             tl.store(entry + 7, slot + split)
-        if own_splits > 1:
-            entry = combined_ptr + (tl.sum(tl.where(earlier, tiles, 0), 0) + tile_index) * ENTRY
+        place = tl.sum(tl.where(earlier, tiles, 0), 0) + tile_index
+        if (own_splits > 1) & (place < combined):
+            entry = combined_ptr + place * ENTRY
             tl.store(entry, own_start)
             tl.store(entry + 1, own_len)
             tl.store(entry + 2, tile_index)
             tl.store(entry + 3, own_splits)
             tl.store(entry + 4, slot)
-    num_pieces = tl.sum(tiles * splits, 0)
+    num_pieces = tl.minimum(tl.sum(tiles * splits, 0), pieces)
     if index == 0:
         tl.store(count_ptr, num_pieces)
     if (index >= num_pieces) & (index < pieces):
@@ -582,11 +588,14 @@ def prefill_schedule(
     longest = k.shape[1] if max_kv_len is None else max_kv_len
     processors = tile.processors(q.device)
 
+    def useful(config: PrefillConfig) -> int:
+        """Most splits of a tile."""
+        return max(min(MAX_SPLITS, triton.cdiv(longest, config.min_split_tokens)), 1)
+
     def fit(config: PrefillConfig) -> tuple[int, int]:
         """Its tiles, and the pieces that each would be in if all were as long."""
         tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
-        useful = min(MAX_SPLITS, triton.cdiv(longest, config.min_split_tokens))
-        return tiles, max(min(useful, processors // max(tiles * kv_heads, 1)), 1)
+        return tiles, max(min(useful(config), processors // max(tiles * kv_heads, 1)), 1)
 
     if config is None:
         few, config = tile_configs(tile.capability(q.device), k.shape[3], v.shape[3], q.dtype)
@@ -600,8 +609,7 @@ def prefill_schedule(
             slots, combined = tiles * config.splits, tiles
     elif splits > 1 or (batch > 1 and longest >= LONG_TOKENS):
         # A piece of a split tile is MIXED_SHARE of what a program does, or more.
-        slots = int(processors / (MIXED_SHARE * kv_heads)) + 1
-        slots = min(slots, tiles * min(MAX_SPLITS, triton.cdiv(longest, config.min_split_tokens)))
+        slots = min(int(processors / (MIXED_SHARE * kv_heads)) + 1, tiles * useful(config))
         combined = min(slots // 2, tiles)
     pieces = tiles + slots
     table = torch.empty(pieces + combined + 1, _ENTRY, dtype=torch.int32, device=q.device)
@@ -609,8 +617,8 @@ def prefill_schedule(
     if tiles:
         _schedule_kernel[(pieces,)](
             schedule.pieces, schedule.combined, schedule.count, rows, qo_indptr, kv_lens, batch, group, config.block_m,
-            kv_heads, processors, pieces, combined, config.min_split_tokens, config.splits or 0,
-            BLOCK_B=tile.block_batch(batch), LEVELS=LEVELS, MIXED_SHARE=MIXED_SHARE, MAX_SPLITS=MAX_SPLITS,
+            kv_heads, processors, pieces, combined, slots, config.min_split_tokens, useful(config), config.splits or 0,
+            BLOCK_B=tile.block_batch(batch), LEVELS=LEVELS, MIXED_SHARE=MIXED_SHARE,
             SPLIT=slots > 0, CAUSAL=causal, ENTRY=_ENTRY, num_warps=4,
         )  # fmt: skip
     return schedule

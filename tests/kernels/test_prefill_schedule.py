@@ -92,3 +92,27 @@ def test_one_long_row_beside_many_short_ones_is_split(device: torch.device, monk
     pieces = [entry for entry in schedule.pieces.tolist() if entry[2]]
     work = [kv_len / of for _, _, _, kv_len, _, _, of, _ in pieces]
     assert max(work) <= 1.1 * sum(work) / 16
+
+
+@pytest.mark.parametrize("max_q_len", [1, 10, 100])
+def test_bounds_that_a_caller_breaks_reach_nothing_behind_the_table(device: torch.device, max_q_len: int) -> None:
+    """Rows longer than ``max_kv_len``, and more queries than ``max_q_len``."""
+    lens, kv_lens = [300, 200], [20000, 9000]
+    memory: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def guarded(num_rows: int, *shape: int, **options: object) -> torch.Tensor:
+        memory.append(empty(num_rows + 64, *shape, **options).fill_(-7))  # type: ignore[arg-type]
+        return memory[-1][:num_rows]
+
+    q = empty(500, 4, 16, device=device)
+    k = empty(1, 20000, 1, 16, device="meta")
+    starts = torch.tensor([0, *lens], device=device).cumsum(0).int()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill.torch, "empty", guarded)
+        schedule = prefill_schedule(
+            q, k, k, torch.arange(2, device=device), starts, torch.tensor(kv_lens, dtype=torch.int32, device=device),
+            max_q_len, max_kv_len=8192, config=PrefillConfig(32, 32, 4, 1, min_split_tokens=256),
+        )  # fmt: skip
+    assert (memory[0][-64:] == -7).all() and 0 < schedule.count[0] <= len(schedule.pieces)
+    assert all(slot < schedule.num_slots for *_, of, slot in schedule.pieces.tolist() if of > 1)
