@@ -117,6 +117,16 @@ def test_few_queries_on_a_long_prefix_are_split(
     assert combined, "the case is meant for the split path"
 
 
+def test_pieces_of_several_kv_heads_stay_apart(
+    device: torch.device, loads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "MIN_SPLIT_TOKENS", 64)
+    combined = []
+    monkeypatch.setattr(prefill, "_combine_kernel", _Recorder(prefill._combine_kernel, combined))
+    check(make_case(device, [3], [431], q_heads=6, kv_heads=2), loads=loads)
+    assert combined, "the case is meant for the split path"
+
+
 def test_keys_of_rows_that_are_known_to_be_short_are_not_split(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

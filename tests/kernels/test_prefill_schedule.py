@@ -94,10 +94,13 @@ def test_one_long_row_beside_many_short_ones_is_split(device: torch.device, monk
     assert max(work) <= 1.1 * sum(work) / 16
 
 
-@pytest.mark.parametrize("max_q_len", [1, 10, 100])
-def test_bounds_that_a_caller_breaks_reach_nothing_behind_the_table(device: torch.device, max_q_len: int) -> None:
+@pytest.mark.parametrize(
+    ("lens", "max_q_len", "max_kv_len"), [([300, 200], 10, 8192), ([300, 200], 100, 9000), ([16], 8, 512)]
+)
+def test_bounds_that_a_caller_breaks_reach_nothing_behind_the_table(
+    device: torch.device, lens: list[int], max_q_len: int, max_kv_len: int
+) -> None:
     """Rows longer than ``max_kv_len``, and more queries than ``max_q_len``."""
-    lens, kv_lens = [300, 200], [20000, 9000]
     memory: list[torch.Tensor] = []
     empty = torch.empty
 
@@ -105,14 +108,16 @@ def test_bounds_that_a_caller_breaks_reach_nothing_behind_the_table(device: torc
         memory.append(empty(num_rows + 64, *shape, **options).fill_(-7))  # type: ignore[arg-type]
         return memory[-1][:num_rows]
 
-    q = empty(500, 4, 16, device=device)
+    q = empty(sum(lens), 4, 16, device=device)
     k = empty(1, 20000, 1, 16, device="meta")
     starts = torch.tensor([0, *lens], device=device).cumsum(0).int()
+    kv_lens = torch.tensor([20000, 9000][: len(lens)], dtype=torch.int32, device=device)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill.tile, "processors", lambda device: 4)
         patch.setattr(prefill.torch, "empty", guarded)
         schedule = prefill_schedule(
-            q, k, k, torch.arange(2, device=device), starts, torch.tensor(kv_lens, dtype=torch.int32, device=device),
-            max_q_len, max_kv_len=8192, config=PrefillConfig(32, 32, 4, 1, min_split_tokens=256),
+            q, k, k, torch.arange(len(lens), device=device), starts, kv_lens, max_q_len, max_kv_len=max_kv_len,
+            config=PrefillConfig(32, 32, 4, 1, min_split_tokens=256),
         )  # fmt: skip
     assert (memory[0][-64:] == -7).all() and 0 < schedule.count[0] <= len(schedule.pieces)
-    assert all(slot < schedule.num_slots for *_, of, slot in schedule.pieces.tolist() if of > 1)
+    assert all(entry[7] < schedule.num_slots for entry in schedule.pieces.tolist() if entry[6] > 1)
