@@ -109,11 +109,11 @@ class DecodeSchedule:
     ) -> None:
         kv_heads, head_dim = k.shape[2:]
         width = max(head_dim, workspace.v_head_dim)
-        self.config = config or choose_config(tile.capability(k.device), width, k.dtype, batch)
         self.batch = batch
         self.sliding_window = sliding_window
         group = workspace.q_heads // kv_heads
         self.block_h = min(max(16, triton.next_power_of_2(group)), MAX_HEADS_A_TILE)
+        self.config = config or choose_config(tile.capability(k.device), width, k.dtype, batch, self.block_h)
         self.tiles = kv_heads * triton.cdiv(group, self.block_h)
         self.heads_p2 = min(triton.next_power_of_2(group), self.block_h)
         self.shares = max(self.config.programs * tile.processors(k.device) // self.tiles, 1)
@@ -468,8 +468,8 @@ def decode_attention(
     )  # fmt: skip
 
 
-def choose_config(capability: int, width: int, dtype: torch.dtype, batch: int) -> DecodeConfig:
-    """Tile sizes for a device (90 = sm_90, 0 = interpreter), the widest head and a number of requests.
+def choose_config(capability: int, width: int, dtype: torch.dtype, batch: int, block_h: int) -> DecodeConfig:
+    """Tile sizes for a device (90 = sm_90, 0 = interpreter), the widest head, requests, and query heads in a tile.
 
     From ``bench/sweep.py decode``. Few long requests are read fastest by one program a processor (1 x 8192 on an H100:
     19.4 us, 22.3 with two) that has four blocks under way (1 x 131072 on an H200: 139.5 us, 144 with three), many
@@ -487,7 +487,7 @@ def choose_config(capability: int, width: int, dtype: torch.dtype, batch: int) -
         return DecodeConfig(block_n=32, num_warps=4, num_stages=stages, min_tokens=256)
     if capability < 90:
         return DecodeConfig(block_n=64, num_warps=4, num_stages=stages, min_tokens=128)
-    if width <= 64:
+    if width <= 64 and block_h == 16:  # of more heads the scores of 128 keys would not fit into registers
         programs = 2 if batch < 64 else 4
         return DecodeConfig(block_n=128, num_warps=4, num_stages=stages, min_tokens=128, programs=programs)
     if batch <= 16 and not tile.has_little_shared(capability):

@@ -95,7 +95,8 @@ def test_one_long_row_beside_many_short_ones_is_split(device: torch.device, monk
 
 
 @pytest.mark.parametrize(
-    ("lens", "max_q_len", "max_kv_len"), [([300, 200], 10, 8192), ([300, 200], 100, 9000), ([16], 8, 512)]
+    ("lens", "max_q_len", "max_kv_len"),
+    [([300, 200], 10, 8192), ([300, 200], 100, 9000), ([16], 8, 512), ([16], 8, 2048)],
 )
 def test_bounds_that_a_caller_breaks_reach_nothing_behind_the_table(
     device: torch.device, lens: list[int], max_q_len: int, max_kv_len: int
