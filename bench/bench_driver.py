@@ -4,7 +4,9 @@
 
 Each call in us; ``behind a kernel`` is one that is made when the GPU has --kernel-ms of work: if it takes as long, it
 waits for the GPU. ``launch`` is a small kernel's, alone and just behind a map; ``step`` the GPU's time for a row of
-matrix products, alone and while calls are made. Rows to driver.csv. Without a GPU the host driver's calls only.
+matrix products, and ``stream`` for reading --stream-gib once, as decode reads weights: alone and while calls are made,
+which take the GPU's address translations away from what runs. Rows to driver.csv. Without a GPU the host driver's calls
+only.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from sgl_vtensor.vmm import open_driver
 from sgl_vtensor.vmm.driver import VmmDriver
 
 MIB = 1 << 20
+GIB = 1 << 30
 STEP_PRODUCTS = 8
 BEHIND = 5
 """Calls of each kind behind a kernel."""
@@ -63,7 +66,8 @@ def us_of(call: Callable[[], object]) -> float:
 class Gpu:
     """Work that keeps it busy, and how long a step of it takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream_bytes: int) -> None:
+        self._streamed = torch.zeros(stream_bytes // 4, dtype=torch.int32, device="cuda")
         self._matrix = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda") / 64
         self._small = torch.zeros(32, device="cuda")
         self._graph = torch.cuda.CUDAGraph()
@@ -79,9 +83,16 @@ class Gpu:
 
     def step_us(self, meanwhile: Callable[[], object]) -> float:
         """One step; ``meanwhile`` is called again and again until it is over."""
+        return self._us(self._graph.replay, meanwhile)
+
+    def stream_us(self, meanwhile: Callable[[], object]) -> float:
+        """The same for reading much memory once."""
+        return self._us(self._streamed.sum, meanwhile)
+
+    def _us(self, work: Callable[[], object], meanwhile: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        self._graph.replay()
+        work()
         end.record()
         while not end.query():
             meanwhile()
@@ -132,6 +143,8 @@ def measure(driver: VmmDriver, gpu: Gpu | None, num_bytes: int, calls: int, kern
         for _ in range(calls):
             page(then_launch)
         times["step beside calls"] = [gpu.step_us(lambda: page(untimed)) for _ in range(calls)]
+        times["stream"] = [gpu.stream_us(lambda: None) for _ in range(calls)]
+        times["stream beside calls"] = [gpu.stream_us(lambda: page(untimed)) for _ in range(calls)]
         gpu.wait()
     driver.free_reservation(base, 2 * num_bytes)
     return times
@@ -199,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--neighbours", nargs="+", type=int, default=[0, 2], help="processes (%(default)s)")
     parser.add_argument("--calls", type=int, default=200 if cuda else 50, help="of each kind (%(default)s)")
     parser.add_argument("--kernel-ms", type=float, default=50.0, help="work in front of a call (%(default)s)")
+    parser.add_argument("--stream-gib", type=float, default=8.0, help="memory to read once (%(default)s)")
     parser.add_argument("--out", type=Path, help="a folder for a copy of the rows")
     options = parser.parse_args(argv)
     name: Literal["cuda", "host"] = "cuda" if cuda else "host"
@@ -208,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for size in options.pages:
         for number in options.neighbours:
             with neighbours(number, name, size * MIB), closing(open_driver(name)) as driver:
-                times = measure(driver, Gpu() if cuda else None, size * MIB, options.calls, options.kernel_ms)
+                gpu = Gpu(int(options.stream_gib * GIB)) if cuda else None
+                times = measure(driver, gpu, size * MIB, options.calls, options.kernel_ms)
             case = f"pages of {size} MiB, {number} neighbours"
             print(case)
             for kind, values in times.items():

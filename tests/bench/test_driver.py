@@ -27,6 +27,8 @@ class SlowGpu:
             meanwhile()
         return 1e6 * (time.perf_counter() - begin)
 
+    stream_us = step_us
+
     def launch(self) -> None:
         return
 
@@ -63,5 +65,6 @@ def test_a_call_that_waits_for_the_gpu_is_seen(waits: bool, monkeypatch: pytest.
     assert (min(behind["memory_info"]) > 10_000) == waits
     assert all(min(values) < 10_000 for kind, values in behind.items() if kind != "memory_info")
     calls = {f"{kind}{state}" for kind in KINDS for state in ("", " while it computes", " behind a kernel")}
-    assert times.keys() == calls | {"step", "step beside calls", "launch", "launch behind map"}
+    steps = {f"{work}{state}" for work in ("step", "stream") for state in ("", " beside calls")}
+    assert times.keys() == calls | steps | {"launch", "launch behind map"}
     assert len(times["create while it computes"]) == 3
