@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from attention_bench import Call, Inputs, Make, Shape, arguments, chat, equal, measure
@@ -84,17 +84,33 @@ def _fa3(shape: Shape) -> Callable[..., torch.Tensor]:
     return flash_attn_with_kvcache
 
 
-def _fa3_schedule(shape: Shape, inputs: Inputs, page_tokens: int) -> torch.Tensor | None:
-    """Of decode, which SGLang computes once a forward pass; an extend has none."""
-    if shape.max_new > 1:
-        return None
-    from sgl_kernel.flash_attn import get_scheduler_metadata
+def _attend_pages(
+    attend: Callable[..., torch.Tensor],
+    inputs: Inputs,
+    shape: Shape,
+    page_tokens: int,
+    table: torch.Tensor,
+    pages: Sequence[tuple[torch.Tensor, ...]],
+) -> Call:
+    """K and V of each layer in pages. Decode gets its schedule ready, as SGLang computes that once a forward pass."""
+    schedule = None
+    if shape.max_new == 1:
+        from sgl_kernel.flash_attn import get_scheduler_metadata
 
-    return get_scheduler_metadata(
-        batch_size=shape.batch, max_seqlen_q=1, max_seqlen_k=max(shape.lengths), num_heads=shape.q_heads,
-        num_heads_k=shape.kv_heads, headdim=shape.head_dim, cache_seqlens=inputs.kv_lens,
-        qkv_dtype=inputs.q.dtype, cu_seqlens_q=inputs.qo_indptr, page_size=page_tokens, causal=True,
-    )  # fmt: skip
+        schedule = get_scheduler_metadata(
+            batch_size=shape.batch, max_seqlen_q=1, max_seqlen_k=max(shape.lengths), num_heads=shape.q_heads,
+            num_heads_k=shape.kv_heads, headdim=shape.head_dim, cache_seqlens=inputs.kv_lens,
+            qkv_dtype=inputs.q.dtype, cu_seqlens_q=inputs.qo_indptr, page_size=page_tokens, causal=True,
+        )  # fmt: skip
+
+    def call(layer: int) -> torch.Tensor:
+        k, v = pages[layer]
+        return attend(
+            inputs.q, k, v, cache_seqlens=inputs.kv_lens, page_table=table, cu_seqlens_q=inputs.qo_indptr,
+            max_seqlen_q=shape.max_new, causal=True, softmax_scale=inputs.sm_scale, scheduler_metadata=schedule,
+        )  # fmt: skip
+
+    return call
 
 
 def fa3_view(inputs: Inputs, shape: Shape) -> Call:
@@ -148,16 +164,8 @@ def fa3_paged(page_tokens: int, *, stock: bool = False) -> Make:
         attend = _fa3(shape)
         pools = inputs.pools if stock else inputs.homes
         table = inputs.slots if stock else inputs.page_table(page_tokens)
-        schedule = _fa3_schedule(shape, inputs, page_tokens)
-
-        def call(layer: int) -> torch.Tensor:
-            k, v = (pool.unflatten(0, (-1, page_tokens)) for pool in pools[layer])
-            return attend(
-                inputs.q, k, v, cache_seqlens=inputs.kv_lens, page_table=table, cu_seqlens_q=inputs.qo_indptr,
-                max_seqlen_q=shape.max_new, causal=True, softmax_scale=inputs.sm_scale, scheduler_metadata=schedule,
-            )  # fmt: skip
-
-        return call
+        pages = [tuple(pool.unflatten(0, (-1, page_tokens)) for pool in pair) for pair in pools]
+        return _attend_pages(attend, inputs, shape, page_tokens, table, pages)
 
     return make
 
@@ -175,16 +183,8 @@ def fa3_layered(inputs: Inputs, shape: Shape) -> Call:
         for part, keys in enumerate(view):
             memory[order, layer, part] = keys.reshape(pages, inputs.page_tokens, shape.kv_heads, shape.head_dim)
     table = order.view(shape.batch, -1).int()
-    schedule = _fa3_schedule(shape, inputs, inputs.page_tokens)
-
-    def call(layer: int) -> torch.Tensor:
-        return attend(
-            inputs.q, memory[:, layer, 0], memory[:, layer, 1], cache_seqlens=inputs.kv_lens, page_table=table,
-            cu_seqlens_q=inputs.qo_indptr, max_seqlen_q=shape.max_new, causal=True, softmax_scale=inputs.sm_scale,
-            scheduler_metadata=schedule,
-        )  # fmt: skip
-
-    return call
+    layered = [(memory[:, layer, 0], memory[:, layer, 1]) for layer in range(len(inputs.views))]
+    return _attend_pages(attend, inputs, shape, inputs.page_tokens, table, layered)
 
 
 def flashinfer_paged(inputs: Inputs, shape: Shape) -> Call:

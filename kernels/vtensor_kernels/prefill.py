@@ -203,8 +203,8 @@ def _prefill_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,  # [num_tokens, q_heads] or None
-    partial_ptr,  # contiguous [slots, kv_heads, BLOCK_M, V_DIM] float32 when SPLIT
-    partial_lse_ptr,  # [slots, kv_heads, BLOCK_M]
+    partial_ptr,  # contiguous [slots, kv_heads, BLOCK_M, V_DIM] float32 when SPLIT, else None
+    partial_lse_ptr,  # [slots, kv_heads, BLOCK_M], or None
     sinks_ptr,
     schedule_ptr,
     scale,
@@ -506,8 +506,10 @@ def prefill_attention(
     use_tma = (loads != "auto" or config.tma) and tile.use_descriptors(loads, k, v)
     hopper = config.hopper and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
     pieces, combined = schedule.pieces, schedule.combined
-    partial = q.new_empty(schedule.num_slots, kv_heads, config.block_m, v_head_dim, dtype=torch.float32)
-    partial_lse = q.new_empty(schedule.num_slots, kv_heads, config.block_m, dtype=torch.float32)
+    partial = partial_lse = None
+    if schedule.num_slots:
+        partial = q.new_empty(schedule.num_slots, kv_heads, config.block_m, v_head_dim, dtype=torch.float32)
+        partial_lse = q.new_empty(schedule.num_slots, kv_heads, config.block_m, dtype=torch.float32)
 
     scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
     if hopper:

@@ -6,7 +6,6 @@ the same memory need not agree (CUDA programming guide, virtual aliasing).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import time
@@ -56,11 +55,6 @@ class Metadata:
     reads_homes: bool = False  # stock FlashAttention-3, paged, serves this pass
     schedules: dict[object, Any] = field(default_factory=dict)
     """Of our kernels: made by the first layer of a kind, for all layers like it. A captured graph makes its own."""
-
-    @functools.cached_property
-    def max_kv_len(self) -> int:
-        """Of ``host_kv_lens``, looked for once for all layers."""
-        return max(self.host_kv_lens, default=0)
 
 
 class VTensorAttnBackend(AttentionBackend):
@@ -320,7 +314,7 @@ class VTensorAttnBackend(AttentionBackend):
         if kind not in metadata.schedules:
             metadata.schedules[kind] = prefill_schedule(
                 queries, keys, values, metadata.rows, metadata.qo_indptr, metadata.kv_lens, metadata.max_q_len,
-                causal=causal, max_kv_len=metadata.max_kv_len,
+                causal=causal, max_kv_len=max(metadata.host_kv_lens, default=0),
             )  # fmt: skip
         made: PrefillSchedule = metadata.schedules[kind]
         return made

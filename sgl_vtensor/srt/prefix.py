@@ -93,9 +93,7 @@ class VTensorRadixCache(RadixCache):
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         key = params.key
-        if self.least_computed > 1:  # the key ends one token before the prompt
-            limit = max(len(key) + 1 - self.least_computed, 0)
-            key = RadixKey(key.token_ids, key.extra_key, limit=limit, cache_salt=key.cache_salt)
+        key = RadixKey(key.token_ids, key.extra_key, limit=self._most_shared(len(key)), cache_salt=key.cache_salt)
         result = super().match_prefix(replace(params, key=key))
         matched = result.device_prefix_len
         if self.disable or matched >= len(key):
@@ -117,6 +115,10 @@ class VTensorRadixCache(RadixCache):
             best_match_node=child,
             cache_protected_len=matched,
         )
+
+    def _most_shared(self, len_tokens: int) -> int:
+        """Of as many tokens as SGLang would have shared, which is one less than the prompt has."""
+        return max(len_tokens + 1 - self.least_computed, 0)
 
     def _closest_page(self, node: TreeNode, key: RadixKey, rest: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         """The first page of a child that begins most like ``rest``, and how many tokens they share."""
@@ -314,7 +316,7 @@ class VTensorRadixCache(RadixCache):
         if self.disable or req.positional_embed_overrides is not None:
             return []
         token_ids = req.origin_input_ids + req.output_ids
-        limit = max(req._compute_max_prefix_len(len(token_ids)) + 1 - self.least_computed, 0)
+        limit = self._most_shared(req._compute_max_prefix_len(len(token_ids)))
         key = RadixKey(token_ids, req.extra_key, limit=limit, cache_salt=req.cache_salt)
         node, depth = self.root_node, 0
         pages: list[int] = []
