@@ -174,7 +174,8 @@ def test_configurations_by_name() -> None:
 def test_users_who_come_at_random_wait_for_nobody(tmp_path: Path) -> None:
     """In a closed loop all ask at once, again and again, and who asks when is the servers' doing."""
     servers = {"a": FakeServer(0.3), "b": FakeServer(0.3)}
-    assert compared(tmp_path, servers, "--workload", "single~40", "--states", "cold") == 0
+    # Of seed 1 two come within 0.02 ms, which either of them may win on its way; of seed 8 none within 4.8 ms.
+    assert compared(tmp_path, servers, "--workload", "single~40", "--states", "cold", "--seed", "8") == 0
     assert {row["case"] for row in rows(tmp_path)} == {"single~40 scale 0.01 cold"}
     assert all(server.most_at_once > 2 for server in servers.values())
     asked = [[str(body) for body in server.bodies] for server in servers.values()]
