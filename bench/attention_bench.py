@@ -189,14 +189,14 @@ class Inputs:
         position = torch.arange(max(shape.lengths), device=device)
         self.slots = (starts[:-1, None] + position).clamp(max=len(row) - 1).int()
         pages = memory.page_of[: batch * row_pages].view(batch, row_pages)
-        self._home_slots = (pages[:, position // page_tokens] * page_tokens + position % page_tokens).int()
+        self.home_slots = (pages[:, position // page_tokens] * page_tokens + position % page_tokens).int()
         self.sm_scale = dim**-0.5
 
     def page_table(self, page_tokens: int) -> torch.Tensor:
         """Of the homes in pages of ``page_tokens``, [batch, pages] int32, as SGLang derives it from its slots."""
         if self.page_tokens % page_tokens:
             raise ValueError(f"pages of {self.page_tokens} tokens do not divide into ones of {page_tokens}")
-        return (self._home_slots[:, ::page_tokens] // page_tokens).contiguous()
+        return (self.home_slots[:, ::page_tokens] // page_tokens).contiguous()
 
 
 Call = Callable[[int], torch.Tensor]

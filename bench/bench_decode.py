@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from attention_bench import Call, Inputs, Shape, arguments, chat, equal, measure
 from bench_prefill import fa3_layered, fa3_paged, fa3_view, flashinfer_pages
-from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode_attention
+from vtensor_kernels import DecodeSchedule, DecodeWorkspace, Pages, decode_attention
 
 SHAPES = [equal(batch, length - 1, 1) for batch, length in ((1, 8192), (8, 4096), (64, 2048), (32, 8192), (128, 1024))]
 GRID = [
@@ -30,21 +32,34 @@ GRID = [
 ]
 
 
-def vtensor_triton(inputs: Inputs, shape: Shape) -> Call:
+def _ours(
+    inputs: Inputs, shape: Shape, keys: Sequence[tuple[torch.Tensor, torch.Tensor]], pages: Pages | None = None
+) -> Call:
     """The schedule is made before, as a forward pass makes it once for all layers."""
     out = torch.empty_like(inputs.q)
     workspace = DecodeWorkspace(shape.batch, shape.q_heads, shape.head_dim, "cuda", kv_heads=shape.kv_heads)
-    schedule = DecodeSchedule(workspace, inputs.views[0][0], shape.batch).update(inputs.rows, inputs.kv_lens)
+    schedule = DecodeSchedule(workspace, keys[0][0], shape.batch).update(inputs.rows, inputs.kv_lens)
 
     def call(layer: int) -> torch.Tensor:
-        k, v = inputs.views[layer]
+        k, v = keys[layer]
         decode_attention(
             inputs.q, k, v, out, inputs.rows, inputs.kv_lens, workspace=workspace, sm_scale=inputs.sm_scale,
-            schedule=schedule,
+            schedule=schedule, pages=pages,
         )  # fmt: skip
         return out
 
     return call
+
+
+def vtensor_triton(inputs: Inputs, shape: Shape) -> Call:
+    """Our kernel on the rows."""
+    return _ours(inputs, shape, inputs.views)
+
+
+def vtensor_homes(inputs: Inputs, shape: Shape) -> Call:
+    """Our kernel on the pages at their homes."""
+    homes = [(k[None], v[None]) for k, v in inputs.homes]
+    return _ours(inputs, shape, homes, Pages(inputs.home_slots, inputs.page_tokens))
 
 
 def sglang_triton(inputs: Inputs, shape: Shape) -> Call:
@@ -121,6 +136,7 @@ def sdpa_view(inputs: Inputs, shape: Shape) -> Call:
 
 IMPLEMENTATIONS = {
     "vtensor-triton": vtensor_triton,
+    "vtensor-homes": vtensor_homes,
     "fa3-view": fa3_view,
     "fa3-paged-p1": fa3_paged(1, stock=True),
     "fa3-homes-p1": fa3_paged(1),

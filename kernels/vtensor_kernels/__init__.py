@@ -7,11 +7,13 @@ Needs torch and triton only. ``prefill_attention`` and ``decode_attention`` are 
 from vtensor_kernels.decode import DecodeSchedule, DecodeWorkspace, decode_attention
 from vtensor_kernels.prefill import PrefillSchedule, prefill_attention, prefill_schedule
 from vtensor_kernels.reference import reference_attention
+from vtensor_kernels.tile import Pages
 from vtensor_kernels.warm_up import warm_up
 
 __all__ = [
     "DecodeSchedule",
     "DecodeWorkspace",
+    "Pages",
     "PrefillSchedule",
     "decode_attention",
     "prefill_attention",

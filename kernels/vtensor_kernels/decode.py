@@ -208,11 +208,13 @@ def _decode_kernel(
     table_ptr,
     rows_ptr,
     kv_lens,
+    slots_ptr,  # None where rows are contiguous
     batch,
     scale,
     cap,
     window,
     v_scale,
+    stride_slots,
     stride_q_token,
     stride_q_head,
     stride_k_row,
@@ -279,8 +281,14 @@ def _decode_kernel(
             mask=is_head[:, None] & (dim < DIM)[None, :],
             other=0.0,
         ).to(DOT_DTYPE)
-        k_base = k_ptr + row.to(tl.int64) * stride_k_row + kv_head.to(tl.int64) * stride_k_head
-        v_base = v_ptr + row.to(tl.int64) * stride_v_row + kv_head.to(tl.int64) * stride_v_head
+        k_base = k_ptr + kv_head.to(tl.int64) * stride_k_head
+        v_base = v_ptr + kv_head.to(tl.int64) * stride_v_head
+        if slots_ptr is None:
+            slots = None
+            k_base += row.to(tl.int64) * stride_k_row
+            v_base += row.to(tl.int64) * stride_v_row
+        else:
+            slots = slots_ptr + row.to(tl.int64) * stride_slots
         k_row = tile.open_row(k_base, stride_k_token, kv_len, DIM, BLOCK_N, BLOCK_D, USE_TMA)
         v_row = tile.open_row(v_base, stride_v_token, kv_len, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA)
         position = tl.zeros([BLOCK_H], dtype=tl.int32) + (kv_len - 1)
@@ -288,7 +296,7 @@ def _decode_kernel(
         row_max = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
         acc, row_max, row_sum = tile.attend(
-            acc, row_max, row_sum, q, k_row, v_row, stride_k_token, stride_v_token,
+            acc, row_max, row_sum, q, k_row, v_row, slots, stride_k_token, stride_v_token,
             lo, hi, kv_len, position, scale, cap, window,
             DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE,
         )  # fmt: skip
@@ -394,6 +402,7 @@ def decode_attention(
     loads: str = "auto",
     config: DecodeConfig | None = None,
     schedule: DecodeSchedule | None = None,
+    pages: tile.Pages | None = None,
 ) -> None:
     """Attention of one query a request, at position ``kv_lens[b] - 1``, over its row. Writes ``out``.
 
@@ -411,6 +420,8 @@ def decode_attention(
         workspace: memory for partial results; calls that share one must be ordered by a stream.
         sm_scale, logit_cap, sliding_window, k_scale, v_scale, sinks, loads, config: as in ``prefill_attention``.
         schedule: updated with these ``rows`` and ``kv_lens``; saves a launch a layer. Without it one is made.
+        pages: where the tokens are, for K and V that are no contiguous view. The rest of a row's last page may hold
+            NaN.
 
     Raises:
         ValueError: a layout, dtype, device, workspace or schedule that the kernel does not take; the message says what
@@ -436,12 +447,14 @@ def decode_attention(
             f"{batch} and {sliding_window}: make a DecodeSchedule for these"
         )
     config = schedule.config
+    tile.check_pages(pages, k, config.block_n, loads)
     scale, cap = tile.scales(sm_scale, k_scale, logit_cap)
     if use_tma and not tile.INTERPRETING:
         triton.set_allocator(tile.allocate_scratch)
     _decode_kernel[(schedule.tiles, schedule.shares)](
         q, k, v, out, workspace.partial, workspace.lse, workspace.arrivals, sinks, schedule.table, rows, kv_lens,
-        batch, scale, cap, sliding_window, v_scale,
+        None if pages is None else pages.slots, batch, scale, cap, sliding_window, v_scale,
+        0 if pages is None else pages.slots.stride(0),
         *q.stride()[:2],
         *k.stride()[:3],
         *v.stride()[:3],

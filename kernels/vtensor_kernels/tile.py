@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -13,6 +14,22 @@ INTERPRETING: bool = triton.knobs.runtime.interpret
 
 LOG2E = 1.4426950408889634
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Where the tokens of a row are whose K and V are no contiguous view: in pages, anywhere in ``k`` and ``v``.
+
+    ``k`` and ``v`` are then [1, num_slots, kv_heads, dim], and ``rows`` number the rows of ``slots``.
+    """
+
+    slots: torch.Tensor
+    """[num_rows, max_tokens] int32: token t of row r is at ``k[0, slots[r, t]]``. SGLang's ``req_to_token``."""
+    page_tokens: int
+    """The slots of tokens [i * page_tokens, (i + 1) * page_tokens) follow each other; only the first of each block of
+    keys is read."""
+
+
 _DESCRIPTOR_ALIGNMENT = 16  # bytes; what the copy engine asks of base addresses and strides
 
 
@@ -42,6 +59,7 @@ def open_row(
 @triton.jit
 def load_tokens(
     source,
+    at,
     start,
     stride_token,
     length,
@@ -51,9 +69,12 @@ def load_tokens(
     USE_TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Tokens [start, start + BLOCK_N) as [BLOCK_N, BLOCK_D], zero behind ``length`` and behind DIM."""
+    """Tokens [start, start + BLOCK_N) as [BLOCK_N, BLOCK_D], zero behind ``length`` and behind DIM.
+
+    The first of them lies ``at`` tokens behind ``source``: at ``start`` in a row, anywhere in a page.
+    """
     if USE_TMA:
-        return source.load([start, 0])
+        return source.load([at, 0])
     else:
         # 64-bit on purpose: a token stride of 64 Ki elements passes 2**31 at token 32 768. The offsets in the block are
         # the same in every turn of a loop.
@@ -61,7 +82,7 @@ def load_tokens(
         token = start + in_block
         dim = tl.arange(0, BLOCK_D)
         offsets = (in_block.to(tl.int64) * stride_token)[:, None] + dim[None, :]
-        pointers = source + tl.cast(start, tl.int64) * stride_token + offsets
+        pointers = source + tl.cast(at, tl.int64) * stride_token + offsets
         if MASKED and BLOCK_D != DIM:
             return tl.load(pointers, mask=(token < length)[:, None] & (dim < DIM)[None, :], other=0.0)
         elif MASKED:
@@ -80,6 +101,7 @@ def attend(
     q,
     k_row,
     v_row,
+    slots,
     stride_k_token,
     stride_v_token,
     first,
@@ -106,9 +128,20 @@ def attend(
     row_max and row_sum are in base 2: s = q k^T * scale, scale = sm_scale * k_scale * log2(e).
     With a cap, ``scale`` is sm_scale * k_scale * 2 log2(e) / cap and ``cap`` is cap * log2(e).
     MASKED=False promises that every query sees every key of the range, and that the range ends inside the row.
+    ``slots`` is None where the row is contiguous; otherwise token t, and the block that begins there, is at slots[t].
     """
+    # A block's slot is known a turn before: Triton would count a load that another waits for as a stage of its own, and
+    # have one block under way instead of three.
+    next_at = first
+    if slots is not None:
+        next_at = tl.load(slots + first, mask=first < last, other=0)
     for start in range(first, last, BLOCK_N):
-        k = load_tokens(k_row, start, stride_k_token, kv_len, DIM, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
+        if slots is None:
+            at = start
+        else:
+            at = next_at
+            next_at = tl.load(slots + start + BLOCK_N, mask=start + BLOCK_N < last, other=0)
+        k = load_tokens(k_row, at, start, stride_k_token, kv_len, DIM, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
         s = tl.dot(q, k.to(DOT_DTYPE).T, input_precision="ieee")
         if HAS_CAP:
             # cap * tanh(x / cap), through exp2: tanh(y) = 1 - 2 / (exp(2 y) + 1)
@@ -136,7 +169,7 @@ def attend(
         rescale = tl.exp2(row_max - new_max_or_0)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max = new_max
-        v = load_tokens(v_row, start, stride_v_token, kv_len, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA, MASKED)
+        v = load_tokens(v_row, at, start, stride_v_token, kv_len, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA, MASKED)
         acc = tl.dot(p.to(DOT_DTYPE), v.to(DOT_DTYPE), acc * rescale[:, None], input_precision="ieee")
     return acc, row_max, row_sum
 
@@ -216,6 +249,24 @@ def check_layout(
         raise ValueError(f"sm_scale is {sm_scale}: it must be positive")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks has shape {tuple(sinks.shape)}: give one logit for each of {q.shape[1]} query heads")
+
+
+def check_pages(pages: Pages | None, k: torch.Tensor, block_n: int, loads: str) -> None:
+    """Raise ValueError, with the fix, for pages that blocks of ``block_n`` keys cannot be read from."""
+    if pages is None:
+        return
+    slots, page_tokens = pages.slots, pages.page_tokens
+    if slots.dim() != 2 or slots.dtype != torch.int32 or slots.stride(1) != 1 or slots.device != k.device:
+        raise ValueError(
+            f"slots is {slots.dtype} {tuple(slots.shape)} with strides {slots.stride()} on {slots.device}: it must be "
+            f"[rows, max_tokens] int32 on {k.device}, the last dimension contiguous"
+        )
+    if k.shape[0] != 1:
+        raise ValueError(f"k has {k.shape[0]} rows beside pages: give all slots as [1, num_slots, kv_heads, dim]")
+    if page_tokens <= 0 or page_tokens % block_n:
+        raise ValueError(f"pages of {page_tokens} tokens are no multiple of {block_n} keys, a tile: use larger pages")
+    if loads == "tma":
+        raise ValueError("the copy engine cannot end within a page: use loads='auto'")
 
 
 def fits_descriptor(*tensors: torch.Tensor) -> bool:

@@ -20,7 +20,13 @@ _MAX_THREADS = 8
 
 
 def warm_up(
-    k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, workspace: DecodeWorkspace, **options: Any
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dtype: torch.dtype,
+    workspace: DecodeWorkspace,
+    *,
+    pages: tile.Pages | None = None,
+    **options: Any,
 ) -> Iterator[tuple[int, int]]:
     """Compile what ``prefill_attention`` and ``decode_attention`` launch for one kind of layer, several at a time.
 
@@ -32,6 +38,7 @@ def warm_up(
         v: values of one layer.
         dtype: of the queries and outputs.
         workspace: of decode; its ``max_batch`` bounds prefill, too.
+        pages: of ``decode_attention``; prefill, which is fastest on rows, is left out then.
         options: of all calls: ``sm_scale``, and any of ``causal``, ``logit_cap``, ``sliding_window``, ``k_scale``,
             ``v_scale`` and ``sinks``. Decode is left out where ``causal`` is False.
 
@@ -42,7 +49,7 @@ def warm_up(
         ValueError: what the kernels do not take, as they say it.
         triton.runtime.errors.OutOfResources: a configuration that does not fit this device.
     """
-    launches = [*_launches(k, v, dtype, workspace, options)]
+    launches = [*_launches(k, v, dtype, workspace, pages, options)]
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         running = [pool.submit(_on_device, k.device, launch) for launch in launches]
@@ -54,15 +61,20 @@ def warm_up(
 
 
 def _launches(
-    k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, workspace: DecodeWorkspace, options: dict[str, Any]
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dtype: torch.dtype,
+    workspace: DecodeWorkspace,
+    pages: tile.Pages | None,
+    options: dict[str, Any],
 ) -> Iterator[Callable[[], None]]:
     """One call for each size of batch that is compiled for, and each size of tile; and with keys that are split."""
-    decode_options = {name: value for name, value in options.items() if name != "causal"}
+    decode_options = {name: value for name, value in options.items() if name != "causal"} | {"pages": pages}
     configs = dict.fromkeys(tile_configs(tile.capability(k.device), k.shape[3], v.shape[3], dtype))
     for batch in tile.batch_blocks(workspace.max_batch):
         if options.get("causal", True):
             yield functools.partial(_decode, k, v, dtype, workspace, decode_options, batch)
-        for config in configs:
+        for config in configs if pages is None else ():
             for splits in (1, 2):
                 fixed = dataclasses.replace(config, splits=splits)
                 yield functools.partial(_prefill, k, v, dtype, workspace.q_heads, options, batch, fixed)

@@ -23,6 +23,7 @@ from sglang.srt.server_args import add_attention_backend_choices
 from vtensor_kernels import (
     DecodeSchedule,
     DecodeWorkspace,
+    Pages,
     PrefillSchedule,
     decode_attention,
     prefill_attention,
@@ -45,7 +46,7 @@ SECONDS_BETWEEN_LINES = 5.0
 class Metadata:
     """What the layers of one forward pass share. Device tensors keep their address where a graph is captured."""
 
-    rows: torch.Tensor  # [batch] int32
+    rows: torch.Tensor  # [batch] int32, of the views; with pages SGLang's request slots
     kv_lens: torch.Tensor  # [batch] int32
     qo_indptr: torch.Tensor | None = None  # [batch + 1] int32, extend only
     max_q_len: int = 1
@@ -53,6 +54,7 @@ class Metadata:
     host_q_starts: tuple[int, ...] = ()  # extend only, [batch + 1]
     host_kv_lens: tuple[int, ...] = ()  # extend only
     reads_homes: bool = False  # stock FlashAttention-3, paged, serves this pass
+    pages: Pages | None = None  # our kernels read the homes
     schedules: dict[object, Any] = field(default_factory=dict)
     """Of our kernels: made by the first layer of a kind, for all layers like it. A captured graph makes its own."""
 
@@ -82,6 +84,10 @@ class VTensorAttnBackend(AttentionBackend):
         self._views = {
             first + layer: runtime.pool.row_views(layer, dtype) for layer in range(self.token_to_kv_pool.layer_num)
         }
+        self._homes = {
+            layer: tuple(part.unsqueeze(0) for part in self.token_to_kv_pool.get_kv_buffer(layer))
+            for layer in self._views
+        }
         num_q_heads: int = runner.model_config.get_num_attention_heads(get_parallel().attn_tp_size)
         self._max_batch = self.req_to_token_pool.size + 1
         self._rows = torch.zeros(self._max_batch, dtype=torch.int32, device=self.device)
@@ -102,14 +108,29 @@ class VTensorAttnBackend(AttentionBackend):
         if self.kernel == "fa3" and self._fa3 is None:
             raise ConfigError("--vtensor-kernel fa3 needs FlashAttention-3 on a Hopper GPU; use --vtensor-kernel auto")
         self._paged = self._make_paged(runner)
-        # Measured on an H100 (bench/results): stock FlashAttention-3 over the homes decodes as fast as any kernel over
-        # views, or faster, and so it prefills where it copies pages in bulk. Where it is absent our own kernels run.
+        # Measured on an H100 and an H200 (bench/results): over the homes stock FlashAttention-3 prefills fastest where
+        # it copies pages in bulk, and our own kernel decodes fastest there. Where it is absent rows are read.
+        in_bulk = self._fa3 is not None and self.kernel == "auto" and _copies_in_bulk(runtime)
         runtime.decode_reads_homes = self._fa3 is not None
-        runtime.extend_reads_homes = self._fa3 is not None and self.kernel == "auto" and _copies_in_bulk(runtime)
+        runtime.extend_reads_homes = in_bulk
+        self._decode_pages = (
+            Pages(self.req_to_token_pool.req_to_token, runtime.pool.layout.page_tokens)
+            if in_bulk and self._decodes_fastest(runner)
+            else None
+        )
         runtime.can_read_homes = self._paged is not None
         runtime.attention = self._describe()
-        if self._workspace is not None and runtime.reads_rows:
+        if self._workspace is not None and (runtime.reads_rows or self._decode_pages is not None):
             self._warm_up(runner.model, runner.dtype)
+
+    def _decodes_fastest(self, runner: Any) -> bool:
+        """Whether our decode has been measured against FlashAttention-3 on such keys, and does what it does."""
+        keys, values = next(iter(self._views.values()))
+        return (
+            keys.dtype in (torch.bfloat16, torch.float16)
+            and max(keys.shape[3], values.shape[3]) <= 128
+            and runner.attention_chunk_size is None  # local attention, as in Llama 4
+        )
 
     def _describe(self) -> str:
         read = {"rows": self.runtime.reads_rows, "homes": self.runtime.can_read_homes}
@@ -141,11 +162,12 @@ class VTensorAttnBackend(AttentionBackend):
         for layer in model.modules():
             if isinstance(layer, RadixAttention) and layer.layer_id in self._views:
                 options = self._extend_options(layer, sinks)
-                if not self._takes_fa3(layer, options):
+                if self._decode_pages is not None or not self._takes_fa3(layer, options):
                     kinds.setdefault(str({**options, "sinks": sinks is not None}), (layer.layer_id, options))
         begin = said = time.monotonic()
         for number, (layer_id, options) in enumerate(kinds.values(), start=1):
-            for done, launches in warm_up(*self._views[layer_id], dtype, self._workspace, **options):
+            views = (self._views if self._decode_pages is None else self._homes)[layer_id]
+            for done, launches in warm_up(*views, dtype, self._workspace, pages=self._decode_pages, **options):
                 if time.monotonic() - said > SECONDS_BETWEEN_LINES or done == launches:
                     said = time.monotonic()
                     logger.info(
@@ -170,7 +192,7 @@ class VTensorAttnBackend(AttentionBackend):
             assert self._paged is not None
             self._paged.init_forward_metadata(forward_batch)
         else:
-            self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
+            self._copy(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if self._prepare(forward_batch):
@@ -182,15 +204,25 @@ class VTensorAttnBackend(AttentionBackend):
             assert self._paged is not None
             self._paged.init_forward_metadata_in_graph(forward_batch)
         else:
-            self._kv_lens[: forward_batch.batch_size].copy_(forward_batch.seq_lens)
+            self._copy(forward_batch)
             # What a run before the capture made is of its lengths, and no part of the graph.
             self._metadata().schedules.clear()
+
+    def _copy(self, forward_batch: Any) -> None:
+        """What changes from pass to pass, to where a graph reads it."""
+        metadata = self._metadata()
+        metadata.kv_lens.copy_(forward_batch.seq_lens)
+        if metadata.pages is not None:
+            metadata.rows.copy_(forward_batch.req_pool_indices)
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Set the metadata of this pass, up to the lengths on the device; true if it is to read the homes."""
         batch_size, runtime = forward_batch.batch_size, self.runtime
         decoding = forward_batch.forward_mode.is_decode_or_idle()
         rows, kv_lens = self._rows[:batch_size], self._kv_lens[:batch_size]
+        if decoding and self._decode_pages is not None:
+            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, pages=self._decode_pages)
+            return False
         if decoding:
             reads_homes = runtime.decode_reads_homes or runtime.launch_reads_homes
         else:
@@ -286,12 +318,12 @@ class VTensorAttnBackend(AttentionBackend):
         self._store(k, v, layer, forward_batch, save_kv_cache, kwargs)
         queries, out = self._shape(q, layer)
         options = self._options(layer, sinks)
-        keys, values = self._views[layer.layer_id]
+        keys, values = (self._views if metadata.pages is None else self._homes)[layer.layer_id]
         if self._workspace is not None:
             schedule = self._decode_schedule(keys, metadata, options["sliding_window"])
             decode_attention(
                 queries, keys, values, out, metadata.rows, metadata.kv_lens, workspace=self._workspace,
-                schedule=schedule, **options,
+                schedule=schedule, pages=metadata.pages, **options,
             )  # fmt: skip
         else:
             qo_indptr = torch.arange(len(metadata.rows) + 1, dtype=torch.int32)

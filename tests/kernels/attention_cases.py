@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from vtensor_kernels import reference_attention
+from vtensor_kernels import Pages, reference_attention
 
 # A kernel may be this many times as far from float64 as the reference computed in the kernel's own dtype. It sums in
 # another order and rounds the probabilities once more; it accumulates in float32, which the reference does not.
@@ -31,6 +31,25 @@ class Case:
     def empty_out(self) -> torch.Tensor:
         """An output full of NaN: what the kernel leaves unwritten cannot pass."""
         return self.q.new_full((*self.q.shape[:2], self.v.shape[3]), float("nan"))
+
+    def in_pages(self, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Pages]:
+        """K and V once more, in pages anywhere, and where. Slots that no token has are far out of bounds, or NaN."""
+        device, max_tokens = self.q.device, self.k.shape[1]
+        num_pages = [-(-kv_len // page_tokens) for kv_len in self.kv_lens.tolist()]
+        order = torch.randperm(sum(num_pages) + 3, generator=torch.Generator().manual_seed(2))
+        slots = torch.full((self.k.shape[0], max_tokens + 5), 1 << 30, dtype=torch.int32, device=device)
+        pages = []
+        for part in (self.k, self.v):
+            size = (1, len(order) * page_tokens, 2, *part.shape[2:])  # of two layers
+            pages.append(torch.full(size, float("nan"), dtype=torch.float32).to(part.dtype).to(device)[:, :, 1])
+        for request, (row, kv_len) in enumerate(zip(self.rows.tolist(), self.kv_lens.tolist(), strict=True)):
+            first = sum(num_pages[:request])
+            starts = order[first : first + num_pages[request]] * page_tokens
+            where = (starts[:, None] + torch.arange(page_tokens)).view(-1)[:kv_len].to(device)
+            slots[row, :kv_len] = where.int()
+            for part, source in zip(pages, (self.k, self.v), strict=True):
+                part[0, where] = source[row, :kv_len]
+        return pages[0], pages[1], Pages(slots, page_tokens)
 
     def expected(
         self, compute_dtype: torch.dtype, *, with_lse: bool = False

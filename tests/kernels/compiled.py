@@ -13,22 +13,29 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from compile_only import compile_only, count_variants
-from compile_table import MODELS, launches, on_meta, resident, views
-from vtensor_kernels import DecodeWorkspace, decode_attention, prefill_attention, warm_up
+from compile_table import MAX_TOKENS, MODELS, Model, launches, on_meta, resident, views
+from vtensor_kernels import DecodeWorkspace, Pages, decode_attention, prefill_attention, warm_up
 
 MAX_BATCH = 200
 MAX_NEW = 8192
 
 
 @functools.cache
-def warm(capability: int, name: str) -> frozenset[str]:
+def warm(capability: int, name: str, *, paged: bool = False) -> frozenset[str]:
     """The variants that a server with this model compiles at its start."""
     model = MODELS[name]
     with count_variants(capability) as variants:
         workspace = DecodeWorkspace(MAX_BATCH, model.q_heads, model.head_dim, "meta")
-        for done, of in warm_up(*views(model), model.dtype, workspace, **model.all_options()):
+        keys, pages = homes(model) if paged else (views(model), None)
+        for done, of in warm_up(*keys, model.dtype, workspace, pages=pages, **model.all_options()):
             assert 0 < done <= of
     return frozenset(variants)
+
+
+def homes(model: Model) -> tuple[list[torch.Tensor], Pages]:
+    """Where a server's pages are, and SGLang's table of them."""
+    slots = on_meta(MAX_BATCH, MAX_TOKENS)
+    return [part.as_strided((1, *part.shape[1:]), part.stride()) for part in views(model)], Pages(slots, 128)
 
 
 @st.composite
@@ -68,6 +75,23 @@ def test_serving_needs_no_variant_that_warming_up_has_not_made(
     assert variants, "nothing was launched"
     missed = variants - warm(capability, name)
     assert not missed, "\n".join(sorted(missed))
+
+
+@pytest.mark.parametrize("name", ["llama-8b", "gpt-oss-20b"])
+@pytest.mark.parametrize("batch", [1, 15, 16, 17, 64, 128, 129, MAX_BATCH])
+def test_decoding_pages_needs_none_either(name: str, batch: int) -> None:
+    model = MODELS[name]
+    keys, pages = homes(model)
+    q = on_meta(batch, model.q_heads, model.head_dim, dtype=model.dtype)
+    with count_variants(90) as variants:
+        workspace = DecodeWorkspace(MAX_BATCH, model.q_heads, model.head_dim, "meta")
+        rows, kv_lens = on_meta(MAX_BATCH)[:batch], on_meta(MAX_BATCH)[:batch]
+        decode_attention(
+            q, *keys, torch.empty_like(q), rows, kv_lens, workspace=workspace, pages=pages, **model.all_options()
+        )
+    assert len(variants) == 2, "a schedule and the decode itself"
+    assert not variants - warm(90, name, paged=True)
+    assert variants - warm(90, name), "it is not the same kernel as of rows"
 
 
 def test_a_server_compiles_few_variants() -> None:

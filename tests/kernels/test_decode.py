@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from attention_cases import Case, make_case
@@ -88,6 +90,46 @@ def test_empty_rows_give_zeros(device: torch.device, loads: str, sinks: bool) ->
     out = run(case, loads=loads)
     assert not out[0].any()
     case.assert_close(out)
+
+
+PAGED_CASES: list[tuple[list[int], dict]] = [
+    ([edge], {"q_heads": 2, "kv_heads": 1}) for edge in (1, 127, 128, 129, 255, 256, 257)
+] + [
+    ([69, 1, 1500, 64, 0, 128], {}),
+    ([150, 700], {"logit_cap": 2.0, "sliding_window": 300, "sinks": True}),
+    ([150, 33], {"kv_dtype": torch.float8_e5m2, "k_scale": 0.5, "v_scale": 2.0}),
+    ([150, 300], {"head_dim": 80, "v_head_dim": 64, "dtype": torch.bfloat16}),
+]
+
+
+@pytest.mark.parametrize(("kv_lens", "options"), PAGED_CASES, ids=str)
+@pytest.mark.parametrize("page_tokens", [128, 256])
+def test_pages(device: torch.device, kv_lens: list[int], options: dict, page_tokens: int) -> None:
+    """As from rows, to the bit."""
+    case = decode_case(device, kv_lens, **options)
+    expected = run(case)
+    k, v, pages = case.in_pages(page_tokens)
+    paged = dataclasses.replace(case, k=k, v=v)
+    out = run(paged, pages=pages)
+    assert torch.equal(out, expected)
+    case.assert_close(out)
+
+
+def test_pages_that_are_refused(device: torch.device) -> None:
+    case = decode_case(device, [150, 33])
+    k, v, pages = case.in_pages(128)
+    paged = dataclasses.replace(case, k=k, v=v)
+    for wrong, message in (
+        (dataclasses.replace(pages, page_tokens=24), "use larger pages"),
+        (dataclasses.replace(pages, slots=pages.slots.long()), "int32"),
+        (dataclasses.replace(pages, slots=pages.slots[:, ::2]), "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(paged, pages=wrong)
+    with pytest.raises(ValueError, match="num_slots"):
+        run(case, pages=pages)
+    with pytest.raises(ValueError, match="loads='auto'"):
+        run(paged, pages=pages, loads="tma")
 
 
 def test_shares_cross_requests(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-from vtensor_kernels import DecodeWorkspace, decode, prefill, reference_attention
+from vtensor_kernels import DecodeWorkspace, Pages, decode, prefill, reference_attention
 
 from sgl_vtensor.srt import backend
 
@@ -29,7 +29,9 @@ class Model(torch.nn.Module):
 def test_every_kind_of_layer_is_warmed_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 
-    def warm_up(k: str, v: str, dtype: torch.dtype, workspace: str, **options: Any) -> Iterator[tuple[int, int]]:
+    def warm_up(
+        k: str, v: str, dtype: torch.dtype, workspace: str, *, pages: None, **options: Any
+    ) -> Iterator[tuple[int, int]]:
         assert (dtype, workspace) == (torch.bfloat16, "workspace")
         asked.append((k, options))
         yield from ((1, 2), (2, 2))
@@ -39,7 +41,7 @@ def test_every_kind_of_layer_is_warmed_up_once(monkeypatch: pytest.MonkeyPatch) 
     model.layers[3].attn_type = AttentionType.ENCODER_ONLY
     made = object.__new__(backend.VTensorAttnBackend)
     made._views = {layer: (f"k{layer}", f"v{layer}") for layer in range(4)}
-    made._fa3, made._workspace = None, "workspace"
+    made._fa3, made._workspace, made._decode_pages = None, "workspace", None
     made._warm_up(model, torch.bfloat16)
     assert [(k, options["sliding_window"], options["causal"]) for k, options in asked] == [
         ("k0", 127, True), ("k1", -1, True), ("k3", -1, False),
@@ -53,17 +55,21 @@ def test_layers_that_flash_attention_serves_are_not(monkeypatch: pytest.MonkeyPa
     model = Model([-1])
     made = object.__new__(backend.VTensorAttnBackend)
     made._views = {0: (torch.empty(1, dtype=torch.bfloat16), None)}
-    made._fa3, made._workspace = "flash attention", "workspace"
+    made._fa3, made._workspace, made._decode_pages = "flash attention", "workspace", None
     made._warm_up(model, torch.bfloat16)
     assert len(asked) == 1, "it takes no sinks"
     del model.sinks
     made._warm_up(model, torch.bfloat16)
     assert len(asked) == 1
+    made._decode_pages, made._homes = "pages", {0: ("k", "v")}
+    made._warm_up(model, torch.bfloat16)
+    assert len(asked) == 2, "decode of pages is our own"
+    assert asked[1]["pages"] == "pages"
 
 
-@pytest.mark.parametrize("decoding", [True, False])
+@pytest.mark.parametrize(("decoding", "paged"), [(True, False), (True, True), (False, False)])
 def test_a_pass_makes_one_schedule_for_layers_alike_and_anew_for_new_lengths(
-    decoding: bool, monkeypatch: pytest.MonkeyPatch
+    decoding: bool, paged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a graph is captured: a run before it, with other lengths, leaves nothing that the graph would rely on."""
     launched = []
@@ -90,15 +96,23 @@ def test_a_pass_makes_one_schedule_for_layers_alike_and_anew_for_new_lengths(
     made._fa3, made._workspace = None, DecodeWorkspace(3, 4, 16, "cpu", kv_heads=2)
     made._kv_lens = torch.zeros(3, dtype=torch.int32)
     rows = torch.tensor([2, 0], dtype=torch.int32)
+    # The rows' tokens as pages of 32 that follow each other, seen from request slots 1 and 4.
+    homes = {layer: [part.reshape(1, -1, 2, 16) for part in views] for layer, views in made._views.items()}
+    table = torch.full((5, 64), 1 << 30, dtype=torch.int32)
+    table[1], table[4] = 128 + torch.arange(64), torch.arange(64)
+    made._homes = homes
     new = [1, 1] if decoding else [3, 5]
     indptr = torch.tensor([0, new[0], sum(new)], dtype=torch.int32)
     made.forward_metadata = backend.Metadata(
-        rows=rows, kv_lens=made._kv_lens[:2], qo_indptr=None if decoding else indptr, max_q_len=max(new)
-    )
+        rows=torch.zeros_like(rows) if paged else rows, kv_lens=made._kv_lens[:2], max_q_len=max(new),
+        qo_indptr=None if decoding else indptr, pages=Pages(table, 32) if paged else None,
+    )  # fmt: skip
     q = torch.randn(sum(new), 4 * 16)
     for lengths in ([9, 61], [40, 8]):
         launched.clear()
-        batch = types.SimpleNamespace(batch_size=2, seq_lens=torch.tensor(lengths))
+        batch = types.SimpleNamespace(
+            batch_size=2, seq_lens=torch.tensor(lengths), req_pool_indices=torch.tensor([1, 4])
+        )
         made.init_forward_metadata_in_graph(batch)
         made.forward_metadata = dataclasses.replace(made.forward_metadata, host_kv_lens=tuple(lengths))
         bounds.clear()
