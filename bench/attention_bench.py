@@ -38,6 +38,9 @@ class Shape:
     head_dim: int = 128
     label: str = ""
     """For a case of mixed lengths; equal ones name themselves."""
+    shared: int = 0
+    """Tokens that ``sharers`` requests begin with, each time; they are not neighbours in the batch."""
+    sharers: int = 1
 
     @property
     def name(self) -> str:
@@ -191,6 +194,21 @@ class Inputs:
         pages = memory.page_of[: batch * row_pages].view(batch, row_pages)
         self.home_slots = (pages[:, position // page_tokens] * page_tokens + position % page_tokens).int()
         self.sm_scale = dim**-0.5
+        if shape.shared:
+            self._share(shape)
+
+    def _share(self, shape: Shape) -> None:
+        """Requests b, b + batch / sharers and so on have the first tokens' pages in common, at home and in the pools.
+
+        Rows have copies of them, so that all answers agree: there the memory is not the same.
+        """
+        groups = shape.batch // shape.sharers
+        first = torch.arange(shape.batch, device=self.q.device) % groups
+        for slots in (self.slots, self.home_slots):
+            slots[:, : shape.shared] = slots[first, : shape.shared]
+        for view in self.views:
+            for part in view:
+                part[:, : shape.shared] = part[first, : shape.shared]
 
     def page_table(self, page_tokens: int) -> torch.Tensor:
         """Of the homes in pages of ``page_tokens``, [batch, pages] int32, as SGLang derives it from its slots."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from attention_bench import Call, Inputs, Shape, arguments, chat, equal, measure
 from bench_prefill import fa3_layered, fa3_paged, fa3_view, flashinfer_pages
-from vtensor_kernels import DecodeSchedule, DecodeWorkspace, Pages, decode_attention
+from vtensor_kernels import DecodeSchedule, DecodeWorkspace, Pages, decode_attention, max_members
+
+from sgl_vtensor.core.groups import group_prefixes
 
 SHAPES = [equal(batch, length - 1, 1) for batch, length in ((1, 8192), (8, 4096), (64, 2048), (32, 8192), (128, 1024))]
 GRID = [
@@ -29,16 +32,37 @@ GRID = [
     equal(1, 8191, 1, 8, 1),
     equal(16, 4095, 1, 32, 8, 64),
     equal(16, 4095, 1, 32, 8, 256),
+    # Requests that share a prompt: those of the workload gsp, agents with a long one, and a few with little.
+    *(
+        Shape(
+            (length - 1,) * batch,
+            (1,) * batch,
+            label=f"{sharers} share {shared} of {length}",
+            shared=shared,
+            sharers=sharers,
+        )
+        for batch, length, shared, sharers in (
+            (32, 2304, 2048, 4),
+            (32, 2304, 2048, 16),
+            (64, 1536, 1024, 64),
+            (8, 8192, 7936, 4),
+            (16, 2304, 256, 16),
+        )
+    ),
 ]
 
 
 def _ours(
-    inputs: Inputs, shape: Shape, keys: Sequence[tuple[torch.Tensor, torch.Tensor]], pages: Pages | None = None
+    inputs: Inputs,
+    shape: Shape,
+    keys: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    pages: Pages | None = None,
+    groups: torch.Tensor | None = None,
 ) -> Call:
     """The schedule is made before, as a forward pass makes it once for all layers."""
     out = torch.empty_like(inputs.q)
     workspace = DecodeWorkspace(shape.batch, shape.q_heads, shape.head_dim, "cuda", kv_heads=shape.kv_heads)
-    schedule = DecodeSchedule(workspace, keys[0][0], shape.batch).update(inputs.rows, inputs.kv_lens)
+    schedule = DecodeSchedule(workspace, keys[0][0], shape.batch).update(inputs.rows, inputs.kv_lens, groups)
 
     def call(layer: int) -> torch.Tensor:
         k, v = keys[layer]
@@ -56,10 +80,18 @@ def vtensor_triton(inputs: Inputs, shape: Shape) -> Call:
     return _ours(inputs, shape, inputs.views)
 
 
-def vtensor_homes(inputs: Inputs, shape: Shape) -> Call:
-    """Our kernel on the pages at their homes."""
+def vtensor_homes(inputs: Inputs, shape: Shape, *, grouped: bool = True) -> Call:
+    """Our kernel on the pages at their homes; those that requests share are read once for several of them."""
     homes = [(k[None], v[None]) for k, v in inputs.homes]
-    return _ours(inputs, shape, homes, Pages(inputs.home_slots, inputs.page_tokens))
+    table = inputs.page_table(inputs.page_tokens)
+    groups = None
+    if grouped and shape.shared:
+        found = group_prefixes(
+            table.cpu().numpy(), (inputs.kv_lens.cpu().numpy() - 1) // inputs.page_tokens,
+            page_tokens=inputs.page_tokens, max_members=max_members(shape.q_heads, shape.kv_heads), min_pages=2,
+        )  # fmt: skip
+        groups = torch.from_numpy(found).cuda()
+    return _ours(inputs, shape, homes, Pages(table, inputs.page_tokens), groups)
 
 
 def sglang_triton(inputs: Inputs, shape: Shape) -> Call:
@@ -137,6 +169,7 @@ def sdpa_view(inputs: Inputs, shape: Shape) -> Call:
 IMPLEMENTATIONS = {
     "vtensor-triton": vtensor_triton,
     "vtensor-homes": vtensor_homes,
+    "vtensor-homes-alone": partial(vtensor_homes, grouped=False),
     "fa3-view": fa3_view,
     "fa3-paged-p1": fa3_paged(1, stock=True),
     "fa3-homes-p1": fa3_paged(1),

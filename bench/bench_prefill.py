@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from attention_bench import Call, Inputs, Make, Shape, arguments, chat, equal, measure
-from vtensor_kernels import Pages, prefill_attention, prefill_schedule
+from vtensor_kernels import prefill_attention, prefill_schedule
 from vtensor_kernels.prefill import PrefillConfig, tile_configs
 
 SHAPES = [
@@ -56,25 +56,19 @@ def vtensor_loop(inputs: Inputs, shape: Shape) -> Call:
     return _vtensor(inputs, shape, config=dataclasses.replace(config, hopper=False))
 
 
-def vtensor_homes(inputs: Inputs, shape: Shape) -> Call:
-    """On the pages at their homes, by the portable loop."""
-    return _vtensor(inputs, shape, pages=Pages(inputs.home_slots, inputs.page_tokens))
-
-
-def _vtensor(inputs: Inputs, shape: Shape, config: PrefillConfig | None = None, pages: Pages | None = None) -> Call:
+def _vtensor(inputs: Inputs, shape: Shape, config: PrefillConfig | None = None) -> Call:
     """The schedule is made before, as a forward pass makes it once for all layers."""
     out = torch.empty_like(inputs.q)
-    keys = inputs.views if pages is None else [(k[None], v[None]) for k, v in inputs.homes]
     schedule = prefill_schedule(
-        inputs.q, *keys[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
+        inputs.q, *inputs.views[0], inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
         max_kv_len=max(shape.lengths), config=config,
     )  # fmt: skip
 
     def call(layer: int) -> torch.Tensor:
-        k, v = keys[layer]
+        k, v = inputs.views[layer]
         prefill_attention(
             inputs.q, k, v, out, inputs.rows, inputs.qo_indptr, inputs.kv_lens, shape.max_new,
-            sm_scale=inputs.sm_scale, schedule=schedule, pages=pages,
+            sm_scale=inputs.sm_scale, schedule=schedule,
         )  # fmt: skip
         return out
 
@@ -261,7 +255,6 @@ def sdpa_view(inputs: Inputs, shape: Shape) -> Call:
 IMPLEMENTATIONS = {
     "vtensor-triton": vtensor_triton,
     "vtensor-loop": vtensor_loop,
-    "vtensor-homes": vtensor_homes,
     "fa3-view": fa3_view,
     "fa3-view-each": fa3_view_each,
     "fa3-paged-p1": fa3_paged(1, stock=True),

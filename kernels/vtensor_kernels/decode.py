@@ -1,7 +1,9 @@
 """Decode: one query a request against its row, in one launch.
 
 The keys of all requests, in blocks, are cut into equal shares, one a program: a share may hold the end of one request
-and the beginning of another. Where a request is in several shares, the program that finishes last combines its parts.
+and the beginning of another. Keys that several requests share are an item of their own, read once for all of them: a
+tile has room for 16 query heads, and a group of 4 fills a fourth of it. Where a request is in several parts, the
+program that finishes last combines them.
 """
 
 from __future__ import annotations
@@ -26,8 +28,17 @@ COMBINE_STAGES = 8
 COMBINE_BLOCKS = 0.125
 """What that costs, in blocks of keys that a program reads. One request of 8192 tokens with one kv head, on an H200: in
 32 parts 13.0 us, in 64 15.1, in 16 14.6; 20.7 with loads of 8192 values one after the other."""
-_ENTRY = 4
-"""int32 an entry of a schedule: a share's first request, its row, its length, and its first block among all."""
+MAX_GROUPED = 128
+"""Requests of a batch that may share keys: each needs room for a part of its own."""
+_ITEM = 8
+"""int32 an item: its first block among all, its end, its first block in the row, position and number of its requests,
+its first slot for parts (-1: it is all of its request), row, and tokens of the row up to its end."""
+_PLACE = 8
+"""int32 a position: its request, the position that its group begins at, first slot and number of its own parts, the
+same of what the group that begins here shares, and how many requests that has; 1 unused."""
+_HEADER = 2
+"""int32 before them: blocks a share, and how many items there are. Behind the header: each share's first item, as its
+number and a copy; then all items, then all positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +75,8 @@ class DecodeWorkspace:
         self.v_head_dim = v_head_dim
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.max_shares = triton.cdiv(self.MAX_PROGRAMS * tile.processors(self.device), kv_heads)
-        # A share has at most one request that began before it and one that goes on behind it.
-        slots = 2 * self.max_shares * q_heads
+        members = max_members(q_heads, kv_heads)
+        slots = _num_slots(self.max_shares, members, min(max_batch, MAX_GROUPED) if members > 1 else 0) * q_heads
         self.partial = torch.empty(slots, v_head_dim, dtype=torch.float32, device=self.device)
         self.lse = torch.empty(slots, dtype=torch.float32, device=self.device)
         # Parts that are done, for each request and kv head; whoever combines them sets 0 again.
@@ -80,6 +91,26 @@ class DecodeWorkspace:
             )
         if device != self.device:
             raise ValueError(f"workspace is on {self.device} and q on {device}: make a DecodeWorkspace there")
+
+
+def max_members(q_heads: int, kv_heads: int) -> int:
+    """Requests whose query heads of one kv head fit into a tile together."""
+    group = max(q_heads // kv_heads, 1)
+    return max(_block_h(group) // group, 1)
+
+
+def _num_slots(shares: int, members: int, grouped: int) -> int:
+    """Parts that there may be, if so many requests may share keys.
+
+    A share has at most one request that began before it and one that goes on behind it. Of keys that are shared each
+    member has a part, in each share; and then every request has parts, one more than it is cut, of both kinds.
+    """
+    return max(2 * shares, (members + 1) * shares + 2 * grouped if grouped else 0)
+
+
+def _block_h(group: int) -> int:
+    """Query heads of a tile."""
+    return min(max(16, triton.next_power_of_2(group)), MAX_HEADS_A_TILE)
 
 
 class DecodeSchedule:
@@ -112,10 +143,12 @@ class DecodeSchedule:
         self.batch = batch
         self.sliding_window = sliding_window
         group = workspace.q_heads // kv_heads
-        self.block_h = min(max(16, triton.next_power_of_2(group)), MAX_HEADS_A_TILE)
+        self.block_h = _block_h(group)
         self.config = config or choose_config(tile.capability(k.device), width, k.dtype, batch, self.block_h)
         self.tiles = kv_heads * triton.cdiv(group, self.block_h)
         self.heads_p2 = min(triton.next_power_of_2(group), self.block_h)
+        self.max_members = max_members(workspace.q_heads, kv_heads)
+        """Requests of a group that ``update`` takes; 1 where none may share keys."""
         self.shares = max(self.config.programs * tile.processors(k.device) // self.tiles, 1)
         values = self.heads_p2 * tile.block_dim(workspace.v_head_dim)
         at_once = self.shares * values <= VALUES_AT_ONCE
@@ -126,19 +159,41 @@ class DecodeSchedule:
                 f"{kv_heads} kv heads need {self.shares} shares and the workspace has {workspace.max_shares}: make it "
                 f"with kv_heads={kv_heads}"
             )
-        self.table = torch.empty(1 + self.shares * _ENTRY, dtype=torch.int32, device=k.device)
+        room = workspace.lse.shape[0] // workspace.q_heads
+        few = batch > MAX_GROUPED or room < _num_slots(self.shares, self.max_members, batch)
+        if few or sliding_window > 0:
+            self.max_members = 1
+        size = _HEADER + self.shares * (1 + _ITEM) + 2 * batch * _ITEM + batch * _PLACE
+        self.table = torch.empty(size, dtype=torch.int32, device=k.device)
 
-    def update(self, rows: torch.Tensor, kv_lens: torch.Tensor) -> DecodeSchedule:
-        """Cut anew, for these rows and lengths, as ``decode_attention`` takes them. Returns itself."""
+    def update(self, rows: torch.Tensor, kv_lens: torch.Tensor, groups: torch.Tensor | None = None) -> DecodeSchedule:
+        """Cut anew, for these rows and lengths, as ``decode_attention`` takes them. Returns itself.
+
+        Args:
+            rows: [batch] int32 or int64.
+            kv_lens: [batch] int32.
+            groups: [4, batch] int32: requests whose rows begin with the same keys, which are then read once for all of
+                a group. The requests in an order in which groups are together; then for each position of it the
+                position that its group begins at, how many requests the group has (0 but at its beginning; at most
+                ``max_members``), and how many tokens it shares (whole blocks, fewer than any of them has). It may be
+                filled anew between replays of a graph.
+        """
+        if groups is not None and (groups.shape != (4, self.batch) or self.max_members == 1):
+            raise ValueError(
+                f"groups has shape {tuple(groups.shape)}: give [4, {self.batch}], and none where max_members is 1"
+            )
         _schedule_kernel[(self.shares,)](
-            self.table, rows, kv_lens, self.batch, self.sliding_window,
+            self.table, rows, kv_lens, groups, self.batch, self.sliding_window,
+            0 if groups is None else groups.stride(0),
             BLOCK_N=self.config.block_n,
             MIN_BLOCKS=triton.cdiv(self.config.min_tokens, self.config.block_n),
             PARTS_AT_A_TIME=self.parts_at_a_time,
             COMBINE_BLOCKS=COMBINE_BLOCKS,
             BLOCK_B=tile.block_batch(self.batch),
             HAS_WINDOW=self.sliding_window > 0,
-            ENTRY=_ENTRY,
+            HEADER=_HEADER,
+            ITEM=_ITEM,
+            PLACE=_PLACE,
             num_warps=4,
         )  # fmt: skip
         return self
@@ -153,46 +208,112 @@ def _first_block(kv_len, window, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr
         return kv_len * 0
 
 
-@triton.jit
-def _num_blocks(kv_len, window, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Blocks of a request: one at least, as somebody has to write its output."""
-    return tl.maximum(tl.cdiv(kv_len, BLOCK_N) - _first_block(kv_len, window, BLOCK_N, HAS_WINDOW), 1)
-
-
-@triton.jit(do_not_specialize=["batch", "window"])
+@triton.jit(do_not_specialize=["batch", "window", "stride_groups"])
 def _schedule_kernel(
-    table_ptr,  # blocks a share, then an entry for each share
+    table_ptr,
     rows_ptr,
     kv_lens,
+    groups_ptr,
     batch,
     window,
+    stride_groups,
     BLOCK_N: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
     PARTS_AT_A_TIME: tl.constexpr,
     COMBINE_BLOCKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    ENTRY: tl.constexpr,
+    HEADER: tl.constexpr,
+    ITEM: tl.constexpr,
+    PLACE: tl.constexpr,
 ):
-    """Write one share's entry. Behind the last share that has work, the first request is ``batch``."""
-    request = tl.arange(0, BLOCK_B)
-    inside = request < batch
+    """Write one share's first item; the first program also all items and positions."""
+    position = tl.arange(0, BLOCK_B)
+    inside = position < batch
+    request = position
+    leader = position
+    members = tl.where(inside, 1, 0)
+    shared_tokens = position * 0
+    if groups_ptr is not None:
+        request = tl.load(groups_ptr + position, mask=inside, other=0)
+        leader = tl.load(groups_ptr + stride_groups + position, mask=inside, other=0)
+        members = tl.load(groups_ptr + 2 * stride_groups + position, mask=inside, other=0)
+        shared_tokens = tl.load(groups_ptr + 3 * stride_groups + position, mask=inside, other=0)
+    row = tl.load(rows_ptr + request, mask=inside, other=0).to(tl.int32)
     kv_len = tl.load(kv_lens + request, mask=inside, other=0)
-    blocks = tl.where(inside, _num_blocks(kv_len, window, BLOCK_N, HAS_WINDOW), 0)
-    ends = tl.cumsum(blocks, 0)
-    share = tl.maximum(tl.cdiv(tl.sum(blocks, 0), tl.num_programs(0)), MIN_BLOCKS)
+
+    # A position has its group's shared keys, if it begins the group and there are any, and then its own: one block at
+    # least, as somebody has to write its output.
+    shared = shared_tokens // BLOCK_N
+    first_own = tl.where(shared > 0, shared, _first_block(kv_len, window, BLOCK_N, HAS_WINDOW))
+    own = tl.where(inside, tl.maximum(tl.cdiv(kv_len, BLOCK_N) - first_own, 1), 0)
+    of_group = tl.where(members > 0, shared, 0)
+    own_end = tl.cumsum(of_group + own, 0)
+    own_begin = own_end - own
+    group_begin = own_begin - of_group
+    share = tl.maximum(tl.cdiv(tl.sum(of_group + own, 0), tl.num_programs(0)), MIN_BLOCKS)
     # One program combines a request's parts: of few kv heads a long request would have so many that this takes longer
     # than to read the keys. s blocks a share, and combining ceil(blocks / s) parts, are shortest together at the root.
-    share = tl.maximum(share, tl.sqrt(tl.max(blocks, 0) * (COMBINE_BLOCKS / PARTS_AT_A_TIME)).to(tl.int32))
+    most = tl.maximum(tl.max(own, 0), tl.max(of_group, 0))
+    share = tl.maximum(share, tl.sqrt(most * (COMBINE_BLOCKS / PARTS_AT_A_TIME)).to(tl.int32))
+
+    own_parts = (own_end - 1) // share - own_begin // share + 1
+    group_parts = tl.where(of_group > 0, (own_begin - 1) // share - group_begin // share + 1, 0)
+    has_slots = (own_parts > 1) | (shared > 0)
+    own_slots = tl.where(inside & has_slots, own_parts, 0)
+    own_slot = tl.cumsum(group_parts * members + own_slots, 0) - own_slots
+    group_slot = own_slot - group_parts * members
+    own_slot = tl.where(has_slots, own_slot, -1)
+    in_items = tl.where(of_group > 0, 1, 0)
+    own_item = tl.cumsum(tl.where(inside, in_items + 1, 0), 0) - 1
+    num_items = tl.sum(tl.where(inside, in_items + 1, 0), 0)
+
     index = tl.program_id(0)
+    begin = index * share
+    item = tl.sum(tl.where(inside & (own_end <= begin), in_items + 1, 0), 0)
+    item += tl.sum(tl.where((of_group > 0) & (own_begin <= begin) & (own_end > begin), 1, 0), 0)
+    record = table_ptr + HEADER + index * (1 + ITEM)
+    tl.store(record, item)
+    items = table_ptr + HEADER + tl.num_programs(0) * (1 + ITEM)
+    _store_item(
+        record + 1 + position * 0, own_begin, own_end, first_own, position, 1 + position * 0, own_slot, row, kv_len,
+        inside & (own_item == item),
+    )  # fmt: skip
+    _store_item(
+        record + 1 + position * 0, group_begin, own_begin, position * 0, position, members, group_slot, row,
+        shared * BLOCK_N, (of_group > 0) & (own_item - 1 == item),
+    )  # fmt: skip
     if index == 0:
         tl.store(table_ptr, share)
-    first = tl.sum(tl.where(inside & (ends <= index * share), 1, 0), 0)
-    entry = table_ptr + 1 + index * ENTRY
-    tl.store(entry, first)
-    tl.store(entry + 1, tl.load(rows_ptr + first, mask=first < batch, other=0).to(tl.int32))
-    tl.store(entry + 2, tl.load(kv_lens + first, mask=first < batch, other=0))
-    tl.store(entry + 3, tl.sum(tl.where(request == first, ends - blocks, 0), 0))
+        tl.store(table_ptr + 1, num_items)
+        _store_item(
+            items + own_item * ITEM, own_begin, own_end, first_own, position, 1 + position * 0, own_slot, row, kv_len,
+            inside,
+        )  # fmt: skip
+        _store_item(
+            items + (own_item - 1) * ITEM, group_begin, own_begin, position * 0, position, members, group_slot, row,
+            shared * BLOCK_N, of_group > 0,
+        )  # fmt: skip
+        place = items + 2 * batch * ITEM + position * PLACE
+        tl.store(place, request, mask=inside)
+        tl.store(place + 1, leader, mask=inside)
+        tl.store(place + 2, own_slot, mask=inside)
+        tl.store(place + 3, own_parts, mask=inside)
+        tl.store(place + 4, group_slot, mask=inside)
+        tl.store(place + 5, group_parts, mask=inside)
+        tl.store(place + 6, members, mask=inside)
+
+
+@triton.jit
+def _store_item(to, begin, end, first, position, members, slot, row, limit, mask):
+    tl.store(to, begin, mask=mask)
+    tl.store(to + 1, end, mask=mask)
+    tl.store(to + 2, first, mask=mask)
+    tl.store(to + 3, position, mask=mask)
+    tl.store(to + 4, members, mask=mask)
+    tl.store(to + 5, slot, mask=mask)
+    tl.store(to + 6, row, mask=mask)
+    tl.store(to + 7, limit, mask=mask)
 
 
 @triton.jit(do_not_specialize=["batch", "window"])
@@ -201,20 +322,18 @@ def _decode_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    partial_ptr,  # [shares, 2, q_heads, V_DIM]: of the request that began before, and of the one that goes on
-    lse_ptr,  # [shares, 2, q_heads], base 2
+    partial_ptr,  # [slots, q_heads, V_DIM]
+    lse_ptr,  # [slots, q_heads], base 2
     arrivals_ptr,  # [batch, tiles]
     sinks_ptr,
-    table_ptr,
-    rows_ptr,
-    kv_lens,
-    slots_ptr,  # None where rows are contiguous
+    schedule_ptr,
+    table_ptr,  # of pages; None where rows are contiguous
     batch,
     scale,
     cap,
     window,
     v_scale,
-    stride_slots,
+    stride_table,
     stride_q_token,
     stride_q_head,
     stride_k_row,
@@ -236,12 +355,17 @@ def _decode_kernel(
     BLOCK_S: tl.constexpr,  # parts that are combined at a time
     COMBINE_STAGES: tl.constexpr,
     HEADS_P2: tl.constexpr,  # heads in a tile, as a power of 2
+    MEMBERS: tl.constexpr,  # most requests in a tile
+    MEMBERS_P2: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     USE_TMA: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
-    ENTRY: tl.constexpr,
+    PAGE: tl.constexpr,
+    HEADER: tl.constexpr,
+    ITEM: tl.constexpr,
+    PLACE: tl.constexpr,
 ):
     """softmax(q k^T * sm_scale) v over one share of the keys, for the query heads of one tile of a kv head."""
     head_tiles: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
@@ -250,102 +374,146 @@ def _decode_kernel(
     first_head = kv_head * GROUP + tile_index % head_tiles * BLOCK_H
     heads_here = tl.minimum(GROUP - tile_index % head_tiles * BLOCK_H, BLOCK_H)
     in_tile = tl.arange(0, BLOCK_H)
+    # Row i of the tile is a head of the item's member i // GROUP.
+    member = in_tile * 0
     head = first_head + in_tile
-    is_head = in_tile < heads_here
+    if MEMBERS > 1:
+        member = in_tile // GROUP
+        head = first_head + in_tile % GROUP
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
-    is_value = is_head[:, None] & (dim_v < V_DIM)[None, :]
 
     index = tl.program_id(1)
-    share = tl.load(table_ptr)
-    entry = table_ptr + 1 + index * ENTRY
-    request = tl.load(entry)
-    row = tl.load(entry + 1)
-    kv_len = tl.load(entry + 2)
-    begin = tl.load(entry + 3)  # the request's first block among all
+    share = tl.load(schedule_ptr)
+    num_items = tl.load(schedule_ptr + 1)
+    record = schedule_ptr + HEADER + index * (1 + ITEM)
+    items = schedule_ptr + HEADER + tl.num_programs(1) * (1 + ITEM)
+    places = items + 2 * batch * ITEM
+    item = tl.load(record)
+    begin, end, first, position, members, slot, row, limit = _load_item(record + 1, item < num_items)
     block = index * share
     share_end = block + share
-    while (block < share_end) & (request < batch):
+    while (block < share_end) & (item < num_items):
         # What comes next is read while this is computed.
-        has_next = request + 1 < batch
-        next_row = tl.load(rows_ptr + request + 1, mask=has_next, other=0).to(tl.int32)
-        next_len = tl.load(kv_lens + request + 1, mask=has_next, other=0)
+        item += 1
+        (
+            next_begin, next_end, next_first, next_position, next_members, next_slot, next_row, next_limit
+        ) = _load_item(items + item * ITEM, item < num_items)  # fmt: skip
 
-        end = begin + _num_blocks(kv_len, window, BLOCK_N, HAS_WINDOW)
         stop = tl.minimum(end, share_end)
-        skipped = _first_block(kv_len, window, BLOCK_N, HAS_WINDOW) - begin
-        lo = (block + skipped) * BLOCK_N
-        hi = tl.minimum((stop + skipped) * BLOCK_N, kv_len)
+        lo = (block - begin + first) * BLOCK_N
+        hi = tl.minimum((stop - begin + first) * BLOCK_N, limit)
+        is_row = in_tile < heads_here
+        if MEMBERS > 1:
+            is_row = member < members
+        request = tl.load(places + (position + member) * PLACE, mask=is_row, other=0).to(tl.int64)
+        is_value = is_row[:, None] & (dim_v < V_DIM)[None, :]
         q = tl.load(
-            q_ptr + request.to(tl.int64) * stride_q_token + (head * stride_q_head)[:, None] + dim[None, :],
-            mask=is_head[:, None] & (dim < DIM)[None, :],
+            q_ptr + (request * stride_q_token + head * stride_q_head)[:, None] + dim[None, :],
+            mask=is_row[:, None] & (dim < DIM)[None, :],
             other=0.0,
         ).to(DOT_DTYPE)
         k_base = k_ptr + kv_head.to(tl.int64) * stride_k_head
         v_base = v_ptr + kv_head.to(tl.int64) * stride_v_head
-        if slots_ptr is None:
-            slots = None
+        if table_ptr is None:
+            pages = None
             k_base += row.to(tl.int64) * stride_k_row
             v_base += row.to(tl.int64) * stride_v_row
         else:
-            slots = slots_ptr + row.to(tl.int64) * stride_slots
-        k_row = tile.open_row(k_base, stride_k_token, kv_len, DIM, BLOCK_N, BLOCK_D, USE_TMA)
-        v_row = tile.open_row(v_base, stride_v_token, kv_len, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA)
-        position = tl.zeros([BLOCK_H], dtype=tl.int32) + (kv_len - 1)
+            pages = table_ptr + row.to(tl.int64) * stride_table
+        k_row = tile.open_row(k_base, stride_k_token, limit, DIM, BLOCK_N, BLOCK_D, USE_TMA)
+        v_row = tile.open_row(v_base, stride_v_token, limit, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA)
+        last_key = tl.zeros([BLOCK_H], dtype=tl.int32) + (limit - 1)
         acc = tl.zeros([BLOCK_H, BLOCK_DV], dtype=tl.float32)
         row_max = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
         acc, row_max, row_sum = tile.attend(
-            acc, row_max, row_sum, q, k_row, v_row, slots, stride_k_token, stride_v_token,
-            lo, hi, kv_len, position, scale, cap, window,
-            DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE,
+            acc, row_max, row_sum, q, k_row, v_row, pages, stride_k_token, stride_v_token,
+            lo, hi, limit, last_key, scale, cap, window,
+            DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE, PAGE,
         )  # fmt: skip
 
-        out_base = out_ptr + request.to(tl.int64) * stride_out_token
-        if (block == begin) & (stop == end):  # all of the request
+        if slot < 0:  # all of its request
             if HAS_SINKS:
-                sink = tl.load(sinks_ptr + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+                sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
                 with_sink = tl.maximum(row_max, sink)
                 rescale = tl.exp2(row_max - with_sink)
                 row_sum = row_sum * rescale + tl.exp2(sink - with_sink)
                 acc *= rescale[:, None]
             acc *= (v_scale / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
             tl.store(
-                out_base + (head * stride_out_head)[:, None] + dim_v[None, :],
+                out_ptr + (request * stride_out_token + head * stride_out_head)[:, None] + dim_v[None, :],
                 acc.to(out_ptr.dtype.element_ty),
                 mask=is_value,
             )
         else:
-            slot = 2 * index + tl.where(block == begin, 1, 0)
-            part = slot * Q_HEADS + head
-            tl.store(lse_ptr + part, row_max + tl.log2(row_sum), mask=is_head)
+            part = (slot + (index - begin // share) * members + member).to(tl.int64) * Q_HEADS + head
+            tl.store(lse_ptr + part, row_max + tl.log2(row_sum), mask=is_row)
             acc *= (v_scale / row_sum)[:, None]
             tl.store(partial_ptr + (part * V_DIM)[:, None] + dim_v[None, :], acc, mask=is_value)
             # All threads' parts are stored before one thread counts them, and read after it has.
             tl.debug_barrier()
-            first = begin // share
-            parts = (end - 1) // share - first + 1
-            arrivals = arrivals_ptr + request * tl.num_programs(0) + tile_index
-            if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == parts - 1:
-                _combine(
-                    out_base, partial_ptr, lse_ptr, sinks_ptr, first, parts, first_head, heads_here, stride_out_head,
-                    Q_HEADS, V_DIM, BLOCK_DV, BLOCK_S, COMBINE_STAGES, HEADS_P2, HAS_SINKS,
-                )  # fmt: skip
-                tl.store(arrivals, 0)
+            lane = tl.arange(0, MEMBERS_P2)
+            is_member = lane < members
+            place = places + (position + lane) * PLACE
+            of = tl.load(place, mask=is_member, other=0)
+            leader = tl.load(place + 1, mask=is_member, other=0)
+            own_slot = tl.load(place + 2, mask=is_member, other=0)
+            own_parts = tl.load(place + 3, mask=is_member, other=0)
+            group = places + leader * PLACE
+            group_slot = tl.load(group + 4, mask=is_member, other=0) + position + lane - leader
+            group_parts = tl.load(group + 5, mask=is_member, other=0)
+            group_members = tl.load(group + 6, mask=is_member, other=0)
+            parts = group_parts + own_parts
+            arrivals = arrivals_ptr + of * tl.num_programs(0) + tile_index
+            arrived = tl.atomic_add(arrivals, 1, mask=is_member, sem="acq_rel", scope="gpu")
+            complete = tl.where(is_member & (arrived == parts - 1), 1, 0)
+            if tl.sum(complete, 0) > 0:
+                for number in range(members):
+                    this = tl.where(lane == number, complete, 0)
+                    if tl.sum(this, 0) > 0:
+                        _combine(
+                            out_ptr + tl.sum(this * of, 0).to(tl.int64) * stride_out_token,
+                            partial_ptr, lse_ptr, sinks_ptr,
+                            tl.sum(this * group_slot, 0), tl.sum(this * group_parts, 0),
+                            tl.sum(this * group_members, 0), tl.sum(this * own_slot, 0), tl.sum(this * parts, 0),
+                            first_head, heads_here, stride_out_head,
+                            Q_HEADS, V_DIM, BLOCK_DV, BLOCK_S, COMBINE_STAGES, HEADS_P2, HAS_SINKS,
+                        )  # fmt: skip
+                tl.store(arrivals, 0, mask=complete > 0)
         block = stop
-        begin = end
-        request += 1
+        begin = next_begin
+        end = next_end
+        first = next_first
+        position = next_position
+        members = next_members
+        slot = next_slot
         row = next_row
-        kv_len = next_len
+        limit = next_limit
+
+
+@triton.jit
+def _load_item(item, inside):
+    return (
+        tl.load(item, mask=inside, other=0),
+        tl.load(item + 1, mask=inside, other=0),
+        tl.load(item + 2, mask=inside, other=0),
+        tl.load(item + 3, mask=inside, other=0),
+        tl.load(item + 4, mask=inside, other=0),
+        tl.load(item + 5, mask=inside, other=0),
+        tl.load(item + 6, mask=inside, other=0),
+        tl.load(item + 7, mask=inside, other=0),
+    )
 
 
 @triton.jit
 def _combine(
-    out_base, partial_ptr, lse_ptr, sinks_ptr, first, parts, first_head, heads_here, stride_out_head,
+    out_base, partial_ptr, lse_ptr, sinks_ptr,
+    group_slot, group_parts, group_members, own_slot, parts, first_head, heads_here, stride_out_head,
     Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
     COMBINE_STAGES: tl.constexpr, HEADS_P2: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_s 2^(lse_s - lse) partial_s for one request and tile; parts are in shares from ``first`` on."""
+    """out = sum_s 2^(lse_s - lse) partial_s for one request and tile; parts of its group first, then its own."""
     in_tile = tl.arange(0, HEADS_P2)
     is_head = in_tile < heads_here
     head = first_head + in_tile
@@ -358,8 +526,9 @@ def _combine(
         total += 1.0
     for start in tl.range(0, parts, BLOCK_S, num_stages=COMBINE_STAGES):
         number = start + tl.arange(0, BLOCK_S)
-        slot = 2 * (first + number) + tl.where(number == 0, 1, 0)  # the first part goes on behind its share
-        part = slot[:, None] * Q_HEADS + head[None, :]
+        in_group = group_slot + number * group_members
+        slot = tl.where(number < group_parts, in_group, own_slot + number - group_parts)
+        part = slot.to(tl.int64)[:, None] * Q_HEADS + head[None, :]
         inside = (number < parts)[:, None] & is_head[None, :]
         # From L2: another processor wrote them.
         lse = tl.load(lse_ptr + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
@@ -452,9 +621,9 @@ def decode_attention(
     if use_tma and not tile.INTERPRETING:
         triton.set_allocator(tile.allocate_scratch)
     _decode_kernel[(schedule.tiles, schedule.shares)](
-        q, k, v, out, workspace.partial, workspace.lse, workspace.arrivals, sinks, schedule.table, rows, kv_lens,
-        None if pages is None else pages.slots, batch, scale, cap, sliding_window, v_scale,
-        0 if pages is None else pages.slots.stride(0),
+        q, k, v, out, workspace.partial, workspace.lse, workspace.arrivals, sinks, schedule.table,
+        None if pages is None else pages.table, batch, scale, cap, sliding_window, v_scale,
+        0 if pages is None else pages.table.stride(0),
         *q.stride()[:2],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -470,12 +639,17 @@ def decode_attention(
         BLOCK_S=schedule.parts_at_a_time,
         COMBINE_STAGES=schedule.combine_stages,
         HEADS_P2=schedule.heads_p2,
+        MEMBERS=schedule.max_members,
+        MEMBERS_P2=triton.next_power_of_2(schedule.max_members),
         HAS_CAP=logit_cap > 0,
         HAS_WINDOW=sliding_window > 0,
         HAS_SINKS=sinks is not None,
         USE_TMA=use_tma,
         DOT_DTYPE=tile.dot_dtype(q.dtype),
-        ENTRY=_ENTRY,
+        PAGE=0 if pages is None else pages.page_tokens,
+        HEADER=_HEADER,
+        ITEM=_ITEM,
+        PLACE=_PLACE,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip

@@ -207,12 +207,10 @@ def _prefill_kernel(
     partial_lse_ptr,  # [slots, kv_heads, BLOCK_M], or None
     sinks_ptr,
     schedule_ptr,
-    slots_ptr,  # None where rows are contiguous
     scale,
     cap,
     window,
     v_scale,
-    stride_slots,
     stride_q_token,
     stride_q_head,
     stride_k_row,
@@ -300,14 +298,8 @@ def _prefill_kernel(
         mask=is_query[:, None] & (dim < DIM)[None, :],
         other=0.0,
     ).to(DOT_DTYPE)
-    k_base = k_ptr + kv_head.to(tl.int64) * stride_k_head
-    v_base = v_ptr + kv_head.to(tl.int64) * stride_v_head
-    if slots_ptr is None:
-        slots = None
-        k_base += row * stride_k_row
-        v_base += row * stride_v_row
-    else:
-        slots = slots_ptr + row * stride_slots
+    k_base = k_ptr + row * stride_k_row + kv_head.to(tl.int64) * stride_k_head
+    v_base = v_ptr + row * stride_v_row + kv_head.to(tl.int64) * stride_v_head
     k_row = tile.open_row(k_base, stride_k_token, kv_len, DIM, BLOCK_N, BLOCK_D, USE_TMA)
     v_row = tile.open_row(v_base, stride_v_token, kv_len, V_DIM, BLOCK_N, BLOCK_DV, USE_TMA)
 
@@ -316,20 +308,20 @@ def _prefill_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if HAS_WINDOW:
         acc, row_max, row_sum = tile.attend(
-            acc, row_max, row_sum, q, k_row, v_row, slots, stride_k_token, stride_v_token,
+            acc, row_max, row_sum, q, k_row, v_row, None, stride_k_token, stride_v_token,
             lo, tl.minimum(left, hi), kv_len, position, scale, cap, window,
-            DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE,
+            DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE, 0,
         )  # fmt: skip
         lo = tl.maximum(lo, left)
     acc, row_max, row_sum = tile.attend(
-        acc, row_max, row_sum, q, k_row, v_row, slots, stride_k_token, stride_v_token,
+        acc, row_max, row_sum, q, k_row, v_row, None, stride_k_token, stride_v_token,
         lo, tl.minimum(right, hi), kv_len, position, scale, cap, window,
-        DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, False, DOT_DTYPE,
+        DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, False, DOT_DTYPE, 0,
     )  # fmt: skip
     acc, row_max, row_sum = tile.attend(
-        acc, row_max, row_sum, q, k_row, v_row, slots, stride_k_token, stride_v_token,
+        acc, row_max, row_sum, q, k_row, v_row, None, stride_k_token, stride_v_token,
         tl.maximum(lo, right), hi, kv_len, position, scale, cap, window,
-        DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE,
+        DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, HAS_CAP, HAS_WINDOW, USE_TMA, True, DOT_DTYPE, 0,
     )  # fmt: skip
 
     if SPLIT:  # noqa: SIM102  (one constexpr, one tensor)
@@ -460,7 +452,6 @@ def prefill_attention(
     loads: str = "auto",
     config: PrefillConfig | None = None,
     schedule: PrefillSchedule | None = None,
-    pages: tile.Pages | None = None,
 ) -> None:
     """Attention of each request's new queries over its row. Writes ``out``, and ``lse`` where given.
 
@@ -490,8 +481,6 @@ def prefill_attention(
         config: tile sizes, for measurements; the default is chosen by device and shape.
         schedule: of ``prefill_schedule``, for calls that differ in q, k, v and out only; saves a launch a layer. It
             brings its ``config``, and ``max_kv_len`` has had its say.
-        pages: where the tokens are, for K and V that are no contiguous view. The rest of a row's last page may hold
-            NaN.
 
     Raises:
         ValueError: a layout, dtype or device that the kernel does not take; the message says what to change.
@@ -506,8 +495,6 @@ def prefill_attention(
         return
 
     group = q_heads // kv_heads
-    if pages is not None and max_kv_len is None:
-        max_kv_len = pages.slots.shape[1]
     if schedule is None:
         schedule = prefill_schedule(
             q, k, v, rows, qo_indptr, kv_lens, max_q_len, causal=causal, max_kv_len=max_kv_len, config=config
@@ -516,8 +503,7 @@ def prefill_attention(
     tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
     if schedule.num_tiles != tiles:
         raise ValueError(f"the schedule has {schedule.num_tiles} tiles and these queries {tiles}: make one for them")
-    tile.check_pages(pages, k, config.block_n, loads)
-    use_tma = pages is None and (loads != "auto" or config.tma) and tile.use_descriptors(loads, k, v)
+    use_tma = (loads != "auto" or config.tma) and tile.use_descriptors(loads, k, v)
     hopper = config.hopper and use_tma and _fits_hopper(q, k, v, logit_cap, sliding_window, sinks, lse)
     pieces, combined = schedule.pieces, schedule.combined
     partial = partial_lse = None
@@ -536,8 +522,7 @@ def prefill_attention(
         if use_tma and not tile.INTERPRETING:
             triton.set_allocator(tile.allocate_scratch)
         _prefill_kernel[(kv_heads, pieces.shape[0])](
-            q, k, v, out, lse, partial, partial_lse, sinks, pieces, None if pages is None else pages.slots,
-            scale, cap, sliding_window, v_scale, 0 if pages is None else pages.slots.stride(0),
+            q, k, v, out, lse, partial, partial_lse, sinks, pieces, scale, cap, sliding_window, v_scale,
             *q.stride()[:2],
             *k.stride()[:3],
             *v.stride()[:3],

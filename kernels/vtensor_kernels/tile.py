@@ -20,14 +20,14 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 class Pages:
     """Where the tokens of a row are whose K and V are no contiguous view: in pages, anywhere in ``k`` and ``v``.
 
-    ``k`` and ``v`` are then [1, num_slots, kv_heads, dim], and ``rows`` number the rows of ``slots``.
+    ``k`` and ``v`` are then [1, num_slots, kv_heads, dim], and ``rows`` number the rows of ``table``.
     """
 
-    slots: torch.Tensor
-    """[num_rows, max_tokens] int32: token t of row r is at ``k[0, slots[r, t]]``. SGLang's ``req_to_token``."""
+    table: torch.Tensor
+    """[num_rows, max_pages] int32: tokens [i * page_tokens, (i + 1) * page_tokens) of row r are in page table[r, i],
+    which is k[0, page * page_tokens : (page + 1) * page_tokens]. Entries behind a row's last page are not read."""
     page_tokens: int
-    """The slots of tokens [i * page_tokens, (i + 1) * page_tokens) follow each other; only the first of each block of
-    keys is read."""
+    """A power of 2, and a multiple of the kernel's block of keys: 128 serves all of them."""
 
 
 _DESCRIPTOR_ALIGNMENT = 16  # bytes; what the copy engine asks of base addresses and strides
@@ -101,7 +101,7 @@ def attend(
     q,
     k_row,
     v_row,
-    slots,
+    pages,
     stride_k_token,
     stride_v_token,
     first,
@@ -122,25 +122,26 @@ def attend(
     USE_TMA: tl.constexpr,
     MASKED: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Online softmax over the keys in [first, last), in steps of BLOCK_N.
 
     row_max and row_sum are in base 2: s = q k^T * scale, scale = sm_scale * k_scale * log2(e).
     With a cap, ``scale`` is sm_scale * k_scale * 2 log2(e) / cap and ``cap`` is cap * log2(e).
     MASKED=False promises that every query sees every key of the range, and that the range ends inside the row.
-    ``slots`` is None where the row is contiguous; otherwise token t, and the block that begins there, is at slots[t].
+    ``pages`` is None where the row is contiguous, or points to the row's pages of PAGE tokens.
     """
-    # A block's slot is known a turn before: Triton would count a load that another waits for as a stage of its own, and
-    # have one block under way instead of three.
-    next_at = first
-    if slots is not None:
-        next_at = tl.load(slots + first, mask=first < last, other=0)
+    # A block's page is looked up a turn before: Triton would count a load that another waits for as a stage of its own,
+    # and have one block under way instead of three.
+    next_page = 0
+    if pages is not None:
+        next_page = tl.load(pages + first // PAGE, mask=first < last, other=0)
     for start in range(first, last, BLOCK_N):
-        if slots is None:
-            at = start
-        else:
-            at = next_at
-            next_at = tl.load(slots + start + BLOCK_N, mask=start + BLOCK_N < last, other=0)
+        at = start
+        if pages is not None:
+            at = next_page * PAGE + start % PAGE
+            next_start = start + BLOCK_N
+            next_page = tl.load(pages + next_start // PAGE, mask=next_start < last, other=0)
         k = load_tokens(k_row, at, start, stride_k_token, kv_len, DIM, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
         s = tl.dot(q, k.to(DOT_DTYPE).T, input_precision="ieee")
         if HAS_CAP:
@@ -255,16 +256,19 @@ def check_pages(pages: Pages | None, k: torch.Tensor, block_n: int, loads: str) 
     """Raise ValueError, with the fix, for pages that blocks of ``block_n`` keys cannot be read from."""
     if pages is None:
         return
-    slots, page_tokens = pages.slots, pages.page_tokens
-    if slots.dim() != 2 or slots.dtype != torch.int32 or slots.stride(1) != 1 or slots.device != k.device:
+    table, page_tokens = pages.table, pages.page_tokens
+    if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1 or table.device != k.device:
         raise ValueError(
-            f"slots is {slots.dtype} {tuple(slots.shape)} with strides {slots.stride()} on {slots.device}: it must be "
-            f"[rows, max_tokens] int32 on {k.device}, the last dimension contiguous"
+            f"the page table is {table.dtype} {tuple(table.shape)} with strides {table.stride()} on {table.device}: it "
+            f"must be [rows, max_pages] int32 on {k.device}, the last dimension contiguous"
         )
     if k.shape[0] != 1:
         raise ValueError(f"k has {k.shape[0]} rows beside pages: give all slots as [1, num_slots, kv_heads, dim]")
-    if page_tokens <= 0 or page_tokens % block_n:
-        raise ValueError(f"pages of {page_tokens} tokens are no multiple of {block_n} keys, a tile: use larger pages")
+    if page_tokens < block_n or page_tokens & (page_tokens - 1):
+        raise ValueError(
+            f"pages of {page_tokens} tokens do not hold whole blocks of {block_n} keys: use a power of 2, {block_n} or "
+            "more"
+        )
     if loads == "tma":
         raise ValueError("the copy engine cannot end within a page: use loads='auto'")
 

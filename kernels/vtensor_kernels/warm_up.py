@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vtensor_kernels import tile
-from vtensor_kernels.decode import DecodeWorkspace, decode_attention
+from vtensor_kernels.decode import DecodeSchedule, DecodeWorkspace, decode_attention
 from vtensor_kernels.prefill import PrefillConfig, prefill_attention, tile_configs
 
 _MAX_THREADS = 8
@@ -30,7 +30,8 @@ def warm_up(
 ) -> Iterator[tuple[int, int]]:
     """Compile what ``prefill_attention`` and ``decode_attention`` launch for one kind of layer, several at a time.
 
-    What is compiled depends on shapes, strides, dtypes and features, never on lengths. Launches are real, on requests
+    Decode is compiled as for requests that may share keys. What is compiled depends on shapes, strides, dtypes and
+    features, never on lengths. Launches are real, on requests
     of no tokens: no key is read, and memory behind ``k`` and ``v`` need not be mapped.
 
     Args:
@@ -106,7 +107,13 @@ def _decode(
     q = torch.empty(batch, workspace.q_heads, k.shape[3], dtype=dtype, device=k.device)
     out = q.new_empty(batch, workspace.q_heads, v.shape[3])
     rows, kv_lens = (torch.zeros(batch, dtype=torch.int32, device=k.device) for _ in range(2))
-    decode_attention(q, k, v, out, rows, kv_lens, workspace=workspace, **options)
+    schedule = DecodeSchedule(workspace, k, batch, sliding_window=options.get("sliding_window", -1))
+    groups = None
+    if schedule.max_members > 1:
+        alone = torch.arange(batch, dtype=torch.int32, device=k.device)
+        groups = torch.stack([alone, alone, torch.ones_like(alone), torch.zeros_like(alone)])
+    schedule.update(rows, kv_lens, groups)
+    decode_attention(q, k, v, out, rows, kv_lens, workspace=workspace, schedule=schedule, **options)
 
 
 def _on_device(device: torch.device, launch: Callable[[], None]) -> None:

@@ -21,11 +21,13 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import add_attention_backend_choices
 from vtensor_kernels import (
+    MAX_GROUPED,
     DecodeSchedule,
     DecodeWorkspace,
     Pages,
     PrefillSchedule,
     decode_attention,
+    max_members,
     prefill_attention,
     prefill_schedule,
     reference_attention,
@@ -46,7 +48,7 @@ SECONDS_BETWEEN_LINES = 5.0
 class Metadata:
     """What the layers of one forward pass share. Device tensors keep their address where a graph is captured."""
 
-    rows: torch.Tensor  # [batch] int32, of the views; with pages SGLang's request slots
+    rows: torch.Tensor  # [batch] int32, of the views; with pages the rows of their table
     kv_lens: torch.Tensor  # [batch] int32
     qo_indptr: torch.Tensor | None = None  # [batch + 1] int32, extend only
     max_q_len: int = 1
@@ -55,6 +57,7 @@ class Metadata:
     host_kv_lens: tuple[int, ...] = ()  # extend only
     reads_homes: bool = False  # stock FlashAttention-3, paged, serves this pass
     pages: Pages | None = None  # our kernels read the homes
+    groups: torch.Tensor | None = None  # [4, batch] int32, decode only: requests that begin with the same keys
     schedules: dict[object, Any] = field(default_factory=dict)
     """Of our kernels: made by the first layer of a kind, for all layers like it. A captured graph makes its own."""
 
@@ -113,11 +116,9 @@ class VTensorAttnBackend(AttentionBackend):
         in_bulk = self._fa3 is not None and self.kernel == "auto" and _copies_in_bulk(runtime)
         runtime.decode_reads_homes = self._fa3 is not None
         runtime.extend_reads_homes = in_bulk
-        self._decode_pages = (
-            Pages(self.req_to_token_pool.req_to_token, runtime.pool.layout.page_tokens)
-            if in_bulk and self._decodes_fastest(runner)
-            else None
-        )
+        self._decode_pages = self._make_pages() if in_bulk and self._decodes_fastest(runner) else None
+        self._max_members = min(max_members(num_q_heads, keys.shape[2]) for keys, _ in self._views.values())
+        self._groups = torch.zeros(4 * self._max_batch, dtype=torch.int32, device=self.device)
         runtime.can_read_homes = self._paged is not None
         runtime.attention = self._describe()
         if self._workspace is not None and (runtime.reads_rows or self._decode_pages is not None):
@@ -131,6 +132,14 @@ class VTensorAttnBackend(AttentionBackend):
             and max(keys.shape[3], values.shape[3]) <= 128
             and runner.attention_chunk_size is None  # local attention, as in Llama 4
         )
+
+    def _make_pages(self) -> Pages:
+        """A page table of a row for each request of a batch, filled in each pass from SGLang's table of slots."""
+        page_tokens = self.runtime.pool.layout.page_tokens
+        self._first_slots = self.req_to_token_pool.req_to_token[:, ::page_tokens]
+        self._positions = torch.arange(self._max_batch, dtype=torch.int32, device=self.device)
+        table = torch.zeros(self._max_batch, self._first_slots.shape[1], dtype=torch.int32, device=self.device)
+        return Pages(table, page_tokens)
 
     def _describe(self) -> str:
         read = {"rows": self.runtime.reads_rows, "homes": self.runtime.can_read_homes}
@@ -213,7 +222,9 @@ class VTensorAttnBackend(AttentionBackend):
         metadata = self._metadata()
         metadata.kv_lens.copy_(forward_batch.seq_lens)
         if metadata.pages is not None:
-            metadata.rows.copy_(forward_batch.req_pool_indices)
+            table = metadata.pages.table[: len(metadata.rows)]
+            torch.index_select(self._first_slots, 0, forward_batch.req_pool_indices, out=table)
+            table.div_(metadata.pages.page_tokens, rounding_mode="floor")
 
     def _prepare(self, forward_batch: Any) -> bool:
         """Set the metadata of this pass, up to the lengths on the device; true if it is to read the homes."""
@@ -221,7 +232,10 @@ class VTensorAttnBackend(AttentionBackend):
         decoding = forward_batch.forward_mode.is_decode_or_idle()
         rows, kv_lens = self._rows[:batch_size], self._kv_lens[:batch_size]
         if decoding and self._decode_pages is not None:
-            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, pages=self._decode_pages)
+            self.forward_metadata = Metadata(
+                rows=self._positions[:batch_size], kv_lens=kv_lens, pages=self._decode_pages,
+                groups=self._copy_groups(batch_size),
+            )  # fmt: skip
             return False
         if decoding:
             reads_homes = runtime.decode_reads_homes or runtime.launch_reads_homes
@@ -233,7 +247,7 @@ class VTensorAttnBackend(AttentionBackend):
         host_rows = self._host_rows(batch_size)
         rows.copy_(self._pinned(host_rows), non_blocking=True)
         if decoding:
-            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens)
+            self.forward_metadata = Metadata(rows=rows, kv_lens=kv_lens, groups=self._copy_groups(batch_size))
             return False
         q_lens = [int(length) for length in forward_batch.extend_seq_lens_cpu]
         q_starts = (0, *itertools.accumulate(q_lens))
@@ -247,6 +261,14 @@ class VTensorAttnBackend(AttentionBackend):
             host_kv_lens=tuple(int(length) for length in forward_batch.seq_lens_cpu),
         )
         return False
+
+    def _copy_groups(self, batch_size: int) -> torch.Tensor | None:
+        """Requests that begin with the same keys, where the kernel takes them."""
+        if self._workspace is None or self._max_members < 2 or batch_size > MAX_GROUPED:
+            return None
+        groups = self._groups[: 4 * batch_size].view(4, batch_size)
+        found = self.runtime.groups_of_launch(batch_size, self._max_members)
+        return groups.copy_(self._pinned(found), non_blocking=True)
 
     def _host_rows(self, batch_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Row numbers, padded with row 0. Dummy and capture runs have no rows: all of theirs are padding."""
@@ -335,7 +357,8 @@ class VTensorAttnBackend(AttentionBackend):
         kind = (keys.shape[2:], window)
         if kind not in metadata.schedules:
             schedule = DecodeSchedule(self._workspace, keys, len(metadata.rows), sliding_window=window)
-            metadata.schedules[kind] = schedule.update(metadata.rows, metadata.kv_lens)
+            groups = metadata.groups if schedule.max_members > 1 else None
+            metadata.schedules[kind] = schedule.update(metadata.rows, metadata.kv_lens, groups)
         made: DecodeSchedule = metadata.schedules[kind]
         return made
 

@@ -19,6 +19,7 @@ from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 from sglang.srt.runtime_context import get_parallel
 
 from sgl_vtensor.config import VTensorConfig, format_bytes
+from sgl_vtensor.core.groups import alone, group_prefixes
 from sgl_vtensor.core.pool import VTensorPool
 from sgl_vtensor.core.rows import WINDOW_BYTES_MAX
 from sgl_vtensor.core.trace import RecordedPool
@@ -48,6 +49,8 @@ MAX_WAITING = 8
 """Requests at the head of the queue whose prefixes are mapped ahead."""
 STEPS_AHEAD = 16
 """For so many decode steps pages are created ahead, eight behind each launch: two for each of 64 requests."""
+MIN_SHARED_TOKENS = 256
+"""Requests that share fewer are decoded each by itself: every part costs something to combine."""
 CALLS_A_LAUNCH = 16
 TOKENS_A_CALL = 64
 """What is mapped ahead for them behind one launch: so many driver calls, about a millisecond, and one more for so many
@@ -77,6 +80,7 @@ class Runtime:
         self.dense_capacity = dense_capacity
         self._on_cuda = pool.driver.device.type == "cuda"
         self._batch_rows: npt.NDArray[np.int32] | None = None
+        self._batch_slots: npt.NDArray[np.int64] | None = None
         # As for any backend of SGLang's own, which is paged and knows no rows: none is mapped for it.
         self.can_read_homes = True
         """Whether the attention backend can also read pages at their homes."""
@@ -170,7 +174,7 @@ class Runtime:
             self._checker.check(batch)
         if self.policy.ranks is not None:
             self.policy.ranks.note(self.pool.epochs.launched + 1, *self._decided(batch))
-        self._batch_rows = self.pool.row_of_slot[slots]
+        self._batch_rows, self._batch_slots = self.pool.row_of_slot[slots], slots
 
     def _decided(self, batch: Any) -> tuple[npt.NDArray[np.int64], ...]:
         """What all ranks must have decided alike for this launch. Page ids are not: each rank's driver has its say."""
@@ -180,7 +184,7 @@ class Runtime:
 
     def end_launch(self, batch: Any) -> None:
         """On the forward stream, behind the launch. Rows that will be worth it are mapped while the GPU computes."""
-        self._batch_rows = None
+        self._batch_rows = self._batch_slots = None
         self.launch_reads_homes = False
         if self._on_cuda:
             event = torch.cuda.Event()
@@ -237,6 +241,22 @@ class Runtime:
     def rows_of_launch(self) -> npt.NDArray[np.int32] | None:
         """Rows of the batch that is being launched; None in dummy and capture runs, which use the padding row."""
         return self._batch_rows
+
+    def groups_of_launch(self, batch_size: int, max_members: int) -> npt.NDArray[np.int32]:
+        """[4, batch_size]: requests of the launch that begin with the same pages, as ``group_prefixes`` has them.
+
+        A graph's batch is padded: those requests are alone, and so are all in dummy and capture runs.
+        """
+        groups = alone(batch_size)
+        slots = self._batch_slots
+        if slots is not None and len(slots) > 1:
+            # The last page holds the token that is written next; before it pages are full.
+            groups[:, : len(slots)] = group_prefixes(
+                self.pool.wanted[slots], self.pool.num_wanted[slots] - 1,
+                page_tokens=self.pool.layout.page_tokens, max_members=max_members,
+                min_pages=-(-MIN_SHARED_TOKENS // self.pool.layout.page_tokens),
+            )  # fmt: skip
+        return groups
 
     def zero_fresh_pages(self) -> None:
         """New memory may hold anything, and 0 times NaN is NaN."""

@@ -33,23 +33,24 @@ class Case:
         return self.q.new_full((*self.q.shape[:2], self.v.shape[3]), float("nan"))
 
     def in_pages(self, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Pages]:
-        """K and V once more, in pages anywhere, and where. Slots that no token has are far out of bounds, or NaN."""
+        """K and V once more, in pages anywhere, and where. Pages that no token has are far out of bounds, or NaN."""
         device, max_tokens = self.q.device, self.k.shape[1]
         num_pages = [-(-kv_len // page_tokens) for kv_len in self.kv_lens.tolist()]
-        order = torch.randperm(sum(num_pages) + 3, generator=torch.Generator().manual_seed(2))
-        slots = torch.full((self.k.shape[0], max_tokens + 5), 1 << 30, dtype=torch.int32, device=device)
-        pages = []
+        order = torch.randperm(sum(num_pages) + 3, generator=torch.Generator().manual_seed(2)).to(device)
+        table = torch.full((self.k.shape[0], -(-max_tokens // page_tokens) + 1), 1 << 20, dtype=torch.int32)
+        table = table.to(device)
+        homes = []
         for part in (self.k, self.v):
             size = (1, len(order) * page_tokens, 2, *part.shape[2:])  # of two layers
-            pages.append(torch.full(size, float("nan"), dtype=torch.float32).to(part.dtype).to(device)[:, :, 1])
+            homes.append(torch.full(size, float("nan"), dtype=torch.float32).to(part.dtype).to(device)[:, :, 1])
         for request, (row, kv_len) in enumerate(zip(self.rows.tolist(), self.kv_lens.tolist(), strict=True)):
             first = sum(num_pages[:request])
-            starts = order[first : first + num_pages[request]] * page_tokens
-            where = (starts[:, None] + torch.arange(page_tokens)).view(-1)[:kv_len].to(device)
-            slots[row, :kv_len] = where.int()
-            for part, source in zip(pages, (self.k, self.v), strict=True):
+            pages = order[first : first + num_pages[request]]
+            table[row, : len(pages)] = pages.int()
+            where = (pages[:, None] * page_tokens + torch.arange(page_tokens, device=device)).view(-1)[:kv_len]
+            for part, source in zip(homes, (self.k, self.v), strict=True):
                 part[0, where] = source[row, :kv_len]
-        return pages[0], pages[1], Pages(slots, page_tokens)
+        return homes[0], homes[1], Pages(table, page_tokens)
 
     def expected(
         self, compute_dtype: torch.dtype, *, with_lse: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from compile_only import compile_only, count_variants
 from compile_table import MAX_TOKENS, MODELS, Model, launches, on_meta, resident, views
-from vtensor_kernels import DecodeWorkspace, Pages, decode_attention, prefill_attention, warm_up
+from vtensor_kernels import DecodeSchedule, DecodeWorkspace, Pages, decode_attention, prefill_attention, warm_up
 
 MAX_BATCH = 200
 MAX_NEW = 8192
@@ -34,8 +35,29 @@ def warm(capability: int, name: str, *, paged: bool = False) -> frozenset[str]:
 
 def homes(model: Model) -> tuple[list[torch.Tensor], Pages]:
     """Where a server's pages are, and SGLang's table of them."""
-    slots = on_meta(MAX_BATCH, MAX_TOKENS)
-    return [part.as_strided((1, *part.shape[1:]), part.stride()) for part in views(model)], Pages(slots, 128)
+    table = on_meta(MAX_BATCH, MAX_TOKENS // 128)
+    return [part.as_strided((1, *part.shape[1:]), part.stride()) for part in views(model)], Pages(table, 128)
+
+
+def decode(
+    model: Model, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *lengths: torch.Tensor, **more: Any
+) -> None:
+    """As the backend does it: with groups, where requests may share keys."""
+    workspace = DecodeWorkspace(MAX_BATCH, model.q_heads, model.head_dim, "meta")
+    options = model.all_options()
+    schedule = DecodeSchedule(workspace, k, len(q), sliding_window=options.get("sliding_window", -1))
+    schedule.update(*lengths, on_meta(4, MAX_BATCH)[:, : len(q)] if schedule.max_members > 1 else None)
+    decode_attention(
+        q,
+        k,
+        v,
+        on_meta(*q.shape, dtype=model.dtype),
+        *lengths,
+        workspace=workspace,
+        schedule=schedule,
+        **more,
+        **options,
+    )
 
 
 @st.composite
@@ -68,10 +90,7 @@ def test_serving_needs_no_variant_that_warming_up_has_not_made(
             max_kv_len=longest, **model.all_options(),
         )  # fmt: skip
         q = q[:batch] if batch <= tokens else on_meta(batch, model.q_heads, model.head_dim, dtype=model.dtype)
-        workspace = DecodeWorkspace(MAX_BATCH, model.q_heads, model.head_dim, "meta")
-        decode_attention(
-            q, k, v, on_meta(*q.shape, dtype=model.dtype), rows, kv_lens, workspace=workspace, **model.all_options()
-        )
+        decode(model, q, k, v, rows, kv_lens)
     assert variants, "nothing was launched"
     missed = variants - warm(capability, name)
     assert not missed, "\n".join(sorted(missed))
@@ -84,11 +103,7 @@ def test_decoding_pages_needs_none_either(name: str, batch: int) -> None:
     keys, pages = homes(model)
     q = on_meta(batch, model.q_heads, model.head_dim, dtype=model.dtype)
     with count_variants(90) as variants:
-        workspace = DecodeWorkspace(MAX_BATCH, model.q_heads, model.head_dim, "meta")
-        rows, kv_lens = on_meta(MAX_BATCH)[:batch], on_meta(MAX_BATCH)[:batch]
-        decode_attention(
-            q, *keys, torch.empty_like(q), rows, kv_lens, workspace=workspace, pages=pages, **model.all_options()
-        )
+        decode(model, q, *keys, on_meta(MAX_BATCH)[:batch], on_meta(MAX_BATCH)[:batch], pages=pages)
     assert len(variants) == 2, "a schedule and the decode itself"
     assert not variants - warm(90, name, paged=True)
     assert variants - warm(90, name), "it is not the same kernel as of rows"

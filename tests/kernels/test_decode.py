@@ -120,9 +120,10 @@ def test_pages_that_are_refused(device: torch.device) -> None:
     k, v, pages = case.in_pages(128)
     paged = dataclasses.replace(case, k=k, v=v)
     for wrong, message in (
-        (dataclasses.replace(pages, page_tokens=24), "use larger pages"),
-        (dataclasses.replace(pages, slots=pages.slots.long()), "int32"),
-        (dataclasses.replace(pages, slots=pages.slots[:, ::2]), "contiguous"),
+        (dataclasses.replace(pages, page_tokens=96), "use a power of 2"),
+        (dataclasses.replace(pages, page_tokens=16), "use a power of 2"),
+        (dataclasses.replace(pages, table=pages.table.long()), "int32"),
+        (dataclasses.replace(pages, table=pages.table[:, ::2]), "contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
             run(paged, pages=wrong)
@@ -130,6 +131,79 @@ def test_pages_that_are_refused(device: torch.device) -> None:
         run(case, pages=pages)
     with pytest.raises(ValueError, match="loads='auto'"):
         run(paged, pages=pages, loads="tma")
+
+
+def grouped(case: Case, members: list[list[int]], tokens: list[int]) -> torch.Tensor:
+    """Make requests of a group begin with the same keys, and say so: the argument ``groups``."""
+    alone = [[request] for request in range(len(case.kv_lens)) if not any(request in group for group in members)]
+    groups = torch.zeros(4, len(case.kv_lens), dtype=torch.int32)
+    position = 0
+    for requests, shared in [*zip(members, tokens, strict=True), *((request, 0) for request in alone)]:
+        for place, request in enumerate(requests):
+            count = 0 if place else len(requests)
+            groups[:, position + place] = torch.tensor([request, position, count, shared], dtype=torch.int32)
+            for part in (case.k, case.v):
+                part[case.rows[request], :shared] = part[case.rows[requests[0]], :shared]
+        position += len(requests)
+    return groups.to(case.q.device)
+
+
+GROUPED_CASES: list[tuple[list[int], list[list[int]], list[int], dict]] = [
+    ([300, 129], [[1, 0]], [128], {}),
+    ([700, 69, 800, 750, 1, 1000], [[2, 0, 3]], [640], {}),
+    ([1500, 1400, 1300, 1290, 1289], [[4, 2], [0, 3]], [1280, 256], {}),
+    ([300] * 9, [[0, 2, 4, 6], [8, 1]], [256, 128], {}),
+    ([129] * 8, [[0, 1, 2, 3, 4, 5, 6, 7]], [128], {}),
+    ([600, 0, 700], [[0, 2]], [512], {"q_heads": 8, "kv_heads": 1}),
+    ([600, 650, 700], [[0, 2]], [512], {"q_heads": 6, "kv_heads": 2, "sinks": True, "logit_cap": 2.0}),
+    ([600, 650, 700], [[0, 2, 1]], [512], {"kv_dtype": torch.float8_e5m2, "k_scale": 0.5, "v_scale": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("kv_lens", "members", "tokens", "options"), GROUPED_CASES, ids=str)
+@pytest.mark.parametrize("programs", [1, 4])
+@pytest.mark.parametrize("paged", [False, True])
+def test_groups_that_share_keys(
+    device: torch.device,
+    kv_lens: list[int],
+    members: list[list[int]],
+    tokens: list[int],
+    options: dict,
+    programs: int,
+    paged: bool,
+) -> None:
+    """However they are cut; the counters are 0 again, and nobody reads what a follower has in place of shared keys."""
+    case = decode_case(device, kv_lens, **options)
+    groups = grouped(case, members, tokens)
+    batch, q_heads, _ = case.q.shape
+    workspace = DecodeWorkspace(batch, q_heads, case.v.shape[3], device, kv_heads=case.k.shape[2])
+    for part in (workspace.partial, workspace.lse):
+        part.fill_(float("nan"))
+    config = decode.DecodeConfig(block_n=64, num_warps=4, num_stages=2, min_tokens=64, programs=programs)
+    schedule = DecodeSchedule(workspace, case.k, batch, config=config)
+    assert schedule.max_members >= max(map(len, members))
+    schedule.update(case.rows, case.kv_lens, groups)
+    read, pages = case, None
+    if paged:
+        k, v, pages = case.in_pages(128)
+        read = dataclasses.replace(case, k=k, v=v)
+        for requests, shared in zip(members, tokens, strict=True):
+            for request in requests[1:]:
+                pages.table[case.rows[request], : shared // 128] = 1 << 20
+    out = run(read, workspace=workspace, schedule=schedule, pages=pages)
+    case.assert_close(out)
+    assert not workspace.arrivals.any()
+
+
+def test_groups_that_are_refused(device: torch.device) -> None:
+    case = decode_case(device, [300, 129], sliding_window=64)
+    workspace = DecodeWorkspace(2, 4, 64, device, kv_heads=2)
+    groups = torch.zeros(4, 2, dtype=torch.int32, device=device)
+    windowed = DecodeSchedule(workspace, case.k, 2, sliding_window=64)
+    with pytest.raises(ValueError, match="max_members"):
+        windowed.update(case.rows, case.kv_lens, groups)
+    with pytest.raises(ValueError, match=r"give \[4, 2\]"):
+        DecodeSchedule(workspace, case.k, 2).update(case.rows, case.kv_lens, groups[:3])
 
 
 def test_shares_cross_requests(device: torch.device) -> None:

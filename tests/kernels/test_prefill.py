@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from attention_cases import Case, make_case
-from vtensor_kernels import prefill, prefill_attention, tile
+from vtensor_kernels import prefill, prefill_attention
 
 # Lengths around the interpreter's tiles of 32 (and the GPU's of 64 and 128): one less, equal, one more.
 EDGES = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129]
@@ -70,29 +68,6 @@ def test_features(device: torch.device, loads: str, options: dict) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_head_dims(device: torch.device, loads: str, head_dim: int) -> None:
     check(make_case(device, [35], [50], head_dim=head_dim, q_heads=2, kv_heads=1), loads=loads)
-
-
-@pytest.mark.parametrize(
-    ("q_lens", "kv_lens", "options"),
-    [
-        ([5, 40, 1, 33, 129], [69, 40, 97, 64, 257], {}),
-        ([1], [1300], {"q_heads": 2, "kv_heads": 1}),
-        ([37, 3], [140, 90], {"logit_cap": 2.0, "sliding_window": 20, "sinks": True}),
-        ([37, 3], [140, 90], {"causal": False}),
-        ([35], [150], {"head_dim": 96, "v_head_dim": 64, "dtype": torch.bfloat16}),
-        ([17], [129], {"kv_dtype": torch.float8_e5m2, "k_scale": 0.5}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("splits", [None, 3])
-def test_pages(device: torch.device, q_lens: list[int], kv_lens: list[int], options: dict, splits: int | None) -> None:
-    case = make_case(device, q_lens, kv_lens, **options)
-    k, v, pages = case.in_pages(128)
-    for config in prefill.tile_configs(tile.capability(device), case.k.shape[3], case.v.shape[3], case.q.dtype):
-        forced = dataclasses.replace(config, splits=splits, min_split_tokens=32)
-        case.assert_close(run(dataclasses.replace(case, k=k, v=v), pages=pages, config=forced))
-    with pytest.raises(ValueError, match="use larger pages"):
-        run(dataclasses.replace(case, k=k, v=v), pages=dataclasses.replace(pages, page_tokens=24))
 
 
 def test_value_width_of_its_own(device: torch.device, loads: str) -> None:

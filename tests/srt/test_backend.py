@@ -12,6 +12,7 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from vtensor_kernels import DecodeWorkspace, Pages, decode, prefill, reference_attention
 
+from sgl_vtensor.core.groups import alone
 from sgl_vtensor.srt import backend
 
 
@@ -100,12 +101,14 @@ def test_a_pass_makes_one_schedule_for_layers_alike_and_anew_for_new_lengths(
     homes = {layer: [part.reshape(1, -1, 2, 16) for part in views] for layer, views in made._views.items()}
     table = torch.full((5, 64), 1 << 30, dtype=torch.int32)
     table[1], table[4] = 128 + torch.arange(64), torch.arange(64)
-    made._homes = homes
+    made._homes, made._first_slots = homes, table[:, ::32]
+    pages = Pages(torch.zeros(3, 2, dtype=torch.int32), 32)
     new = [1, 1] if decoding else [3, 5]
     indptr = torch.tensor([0, new[0], sum(new)], dtype=torch.int32)
     made.forward_metadata = backend.Metadata(
-        rows=torch.zeros_like(rows) if paged else rows, kv_lens=made._kv_lens[:2], max_q_len=max(new),
-        qo_indptr=None if decoding else indptr, pages=Pages(table, 32) if paged else None,
+        rows=torch.arange(2, dtype=torch.int32) if paged else rows, kv_lens=made._kv_lens[:2], max_q_len=max(new),
+        qo_indptr=None if decoding else indptr, pages=pages if paged else None,
+        groups=torch.from_numpy(alone(2)) if decoding else None,
     )  # fmt: skip
     q = torch.randn(sum(new), 4 * 16)
     for lengths in ([9, 61], [40, 8]):
