@@ -16,6 +16,9 @@ import triton.language as tl
 
 from vtensor_kernels import tile
 
+LEAST_HEADS_A_TILE = 16
+"""Tensor cores take no fewer rows. Tiles of 32 have room for twice as many requests that share keys, but take half as
+long again (32 of 4416 tokens of which 16 share 4096, on an H200: 84 us, 58 with 16)."""
 MAX_HEADS_A_TILE = 64
 """Query heads of a group in one tile; larger groups take several, each reading K and V again."""
 VALUES_AT_ONCE = 8192
@@ -34,8 +37,8 @@ _ITEM = 8
 """int32 an item: its first block among all, its end, its first block in the row, position and number of its requests,
 its first slot for parts (-1: it is all of its request), row, and tokens of the row up to its end."""
 _PLACE = 8
-"""int32 a position: its request, the position that its group begins at, first slot and number of its own parts, the
-same of what the group that begins here shares, and how many requests that has; 1 unused."""
+"""int32 a position: its request, the number of its parts, first slot of its own ones; first slot of those that it has
+of its group's keys, their number, and the step between them; 2 unused."""
 _HEADER = 2
 """int32 before them: blocks a share, and how many items there are. Behind the header: each share's first item, as its
 number and a copy; then all items, then all positions."""
@@ -110,7 +113,7 @@ def _num_slots(shares: int, members: int, grouped: int) -> int:
 
 def _block_h(group: int) -> int:
     """Query heads of a tile."""
-    return min(max(16, triton.next_power_of_2(group)), MAX_HEADS_A_TILE)
+    return min(max(LEAST_HEADS_A_TILE, triton.next_power_of_2(group)), MAX_HEADS_A_TILE)
 
 
 class DecodeSchedule:
@@ -294,14 +297,17 @@ def _schedule_kernel(
             items + (own_item - 1) * ITEM, group_begin, own_begin, position * 0, position, members, group_slot, row,
             shared * BLOCK_N, of_group > 0,
         )  # fmt: skip
+        if groups_ptr is not None:  # what stands at the beginning of the group
+            group_slot = tl.gather(group_slot, leader, 0) + position - leader
+            group_parts = tl.gather(group_parts, leader, 0)
+            members = tl.gather(members, leader, 0)
         place = items + 2 * batch * ITEM + position * PLACE
         tl.store(place, request, mask=inside)
-        tl.store(place + 1, leader, mask=inside)
+        tl.store(place + 1, group_parts + own_parts, mask=inside)
         tl.store(place + 2, own_slot, mask=inside)
-        tl.store(place + 3, own_parts, mask=inside)
-        tl.store(place + 4, group_slot, mask=inside)
-        tl.store(place + 5, group_parts, mask=inside)
-        tl.store(place + 6, members, mask=inside)
+        tl.store(place + 3, group_slot, mask=inside)
+        tl.store(place + 4, group_parts, mask=inside)
+        tl.store(place + 5, members, mask=inside)
 
 
 @triton.jit
@@ -354,6 +360,7 @@ def _decode_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,  # parts that are combined at a time
     COMBINE_STAGES: tl.constexpr,
+    ALL_STAGES: tl.constexpr,  # where those of several requests are
     HEADS_P2: tl.constexpr,  # heads in a tile, as a power of 2
     MEMBERS: tl.constexpr,  # most requests in a tile
     MEMBERS_P2: tl.constexpr,
@@ -390,7 +397,8 @@ def _decode_kernel(
     items = schedule_ptr + HEADER + tl.num_programs(1) * (1 + ITEM)
     places = items + 2 * batch * ITEM
     item = tl.load(record)
-    begin, end, first, position, members, slot, row, limit = _load_item(record + 1, item < num_items)
+    # Read with the number, and not when that is known: behind the last share that has an item is anything.
+    begin, end, first, position, members, slot, row, limit = _load_item(record + 1, True)
     block = index * share
     share_end = block + share
     while (block < share_end) & (item < num_items):
@@ -451,36 +459,34 @@ def _decode_kernel(
             tl.store(lse_ptr + part, row_max + tl.log2(row_sum), mask=is_row)
             acc *= (v_scale / row_sum)[:, None]
             tl.store(partial_ptr + (part * V_DIM)[:, None] + dim_v[None, :], acc, mask=is_value)
-            # All threads' parts are stored before one thread counts them, and read after it has.
-            tl.debug_barrier()
             lane = tl.arange(0, MEMBERS_P2)
             is_member = lane < members
             place = places + (position + lane) * PLACE
             of = tl.load(place, mask=is_member, other=0)
-            leader = tl.load(place + 1, mask=is_member, other=0)
-            own_slot = tl.load(place + 2, mask=is_member, other=0)
-            own_parts = tl.load(place + 3, mask=is_member, other=0)
-            group = places + leader * PLACE
-            group_slot = tl.load(group + 4, mask=is_member, other=0) + position + lane - leader
-            group_parts = tl.load(group + 5, mask=is_member, other=0)
-            group_members = tl.load(group + 6, mask=is_member, other=0)
-            parts = group_parts + own_parts
+            parts = tl.load(place + 1, mask=is_member, other=0)
+            # All threads' parts are stored before one thread counts them, and read after it has.
+            tl.debug_barrier()
             arrivals = arrivals_ptr + of * tl.num_programs(0) + tile_index
             arrived = tl.atomic_add(arrivals, 1, mask=is_member, sem="acq_rel", scope="gpu")
             complete = tl.where(is_member & (arrived == parts - 1), 1, 0)
-            if tl.sum(complete, 0) > 0:
-                for number in range(members):
-                    this = tl.where(lane == number, complete, 0)
-                    if tl.sum(this, 0) > 0:
-                        _combine(
-                            out_ptr + tl.sum(this * of, 0).to(tl.int64) * stride_out_token,
-                            partial_ptr, lse_ptr, sinks_ptr,
-                            tl.sum(this * group_slot, 0), tl.sum(this * group_parts, 0),
-                            tl.sum(this * group_members, 0), tl.sum(this * own_slot, 0), tl.sum(this * parts, 0),
-                            first_head, heads_here, stride_out_head,
-                            Q_HEADS, V_DIM, BLOCK_DV, BLOCK_S, COMBINE_STAGES, HEADS_P2, HAS_SINKS,
-                        )  # fmt: skip
-                tl.store(arrivals, 0, mask=complete > 0)
+            num_complete = tl.sum(complete, 0)
+            if num_complete == 1:
+                in_place = places + (position + tl.sum(complete * lane, 0)) * PLACE + tl.zeros([HEADS_P2], tl.int32)
+                heads = tl.arange(0, HEADS_P2)
+                _combine(
+                    out_ptr, partial_ptr, lse_ptr, sinks_ptr, in_place, first_head + heads, heads < heads_here,
+                    tl.sum(complete * parts, 0), stride_out_token, stride_out_head,
+                    Q_HEADS, V_DIM, BLOCK_DV, HEADS_P2, BLOCK_S, COMBINE_STAGES, HAS_SINKS,
+                )  # fmt: skip
+            if MEMBERS > 1:  # noqa: SIM102  (one constexpr, one tensor)
+                if num_complete > 1:
+                    is_complete = tl.sum(tl.where(lane[None, :] == member[:, None], complete[None, :], 0), 1) > 0
+                    _combine(
+                        out_ptr, partial_ptr, lse_ptr, sinks_ptr, places + (position + member) * PLACE, head,
+                        is_complete, tl.max(complete * parts, 0), stride_out_token, stride_out_head,
+                        Q_HEADS, V_DIM, BLOCK_DV, BLOCK_H, 1, ALL_STAGES, HAS_SINKS,
+                    )  # fmt: skip
+            tl.store(arrivals, 0, mask=complete > 0)
         block = stop
         begin = next_begin
         end = next_end
@@ -508,28 +514,30 @@ def _load_item(item, inside):
 
 @triton.jit
 def _combine(
-    out_base, partial_ptr, lse_ptr, sinks_ptr,
-    group_slot, group_parts, group_members, own_slot, parts, first_head, heads_here, stride_out_head,
-    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
-    COMBINE_STAGES: tl.constexpr, HEADS_P2: tl.constexpr, HAS_SINKS: tl.constexpr,
+    out_ptr, partial_ptr, lse_ptr, sinks_ptr, place, head, is_row, most_parts, stride_out_token, stride_out_head,
+    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_s 2^(lse_s - lse) partial_s for one request and tile; parts of its group first, then its own."""
-    in_tile = tl.arange(0, HEADS_P2)
-    is_head = in_tile < heads_here
-    head = first_head + in_tile
+    """out = sum_s 2^(lse_s - lse) partial_s for ROWS query heads of requests at ``place``; the group's parts first."""
+    request = tl.load(place, mask=is_row, other=0).to(tl.int64)
+    parts = tl.load(place + 1, mask=is_row, other=0)
+    own_slot = tl.load(place + 2, mask=is_row, other=0)
+    group_slot = tl.load(place + 3, mask=is_row, other=0)
+    group_parts = tl.load(place + 4, mask=is_row, other=0)
+    step = tl.load(place + 5, mask=is_row, other=0)
     dim = tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([HEADS_P2, BLOCK_DV], dtype=tl.float32)
-    biggest = tl.full([HEADS_P2], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([HEADS_P2], dtype=tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], dtype=tl.float32)
+    biggest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
     if HAS_SINKS:  # a sink counts once
-        biggest = tl.load(sinks_ptr + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+        biggest = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
         total += 1.0
-    for start in tl.range(0, parts, BLOCK_S, num_stages=COMBINE_STAGES):
-        number = start + tl.arange(0, BLOCK_S)
-        in_group = group_slot + number * group_members
-        slot = tl.where(number < group_parts, in_group, own_slot + number - group_parts)
-        part = slot.to(tl.int64)[:, None] * Q_HEADS + head[None, :]
-        inside = (number < parts)[:, None] & is_head[None, :]
+    for start in tl.range(0, most_parts, BLOCK_S, num_stages=STAGES):
+        number = (start + tl.arange(0, BLOCK_S))[:, None]
+        of_group = group_slot[None, :] + number * step[None, :]
+        slot = tl.where(number < group_parts[None, :], of_group, own_slot[None, :] + number - group_parts[None, :])
+        part = slot.to(tl.int64) * Q_HEADS + head[None, :]
+        inside = (number < parts[None, :]) & is_row[None, :]
         # From L2: another processor wrote them.
         lse = tl.load(lse_ptr + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
         values = tl.load(
@@ -539,17 +547,17 @@ def _combine(
             cache_modifier=".cg",
         )
         # Every part holds a key that is seen, so that the maximum is finite for each head.
-        new_biggest = tl.where(is_head, tl.maximum(biggest, tl.max(lse, 0)), 0.0)
+        new_biggest = tl.where(is_row, tl.maximum(biggest, tl.max(lse, 0)), 0.0)
         weight = tl.exp2(lse - new_biggest[None, :])
         rescale = tl.exp2(biggest - new_biggest)
         acc = acc * rescale[:, None] + tl.sum(values * weight[:, :, None], 0)
         total = total * rescale + tl.sum(weight, 0)
         biggest = new_biggest
-    acc = acc / tl.where(is_head, total, 1.0)[:, None]
+    acc = acc / tl.where(is_row, total, 1.0)[:, None]
     tl.store(
-        out_base + (head * stride_out_head)[:, None] + dim[None, :],
-        acc.to(out_base.dtype.element_ty),
-        mask=is_head[:, None] & (dim < V_DIM)[None, :],
+        out_ptr + (request * stride_out_token + head * stride_out_head)[:, None] + dim[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=is_row[:, None] & (dim < V_DIM)[None, :],
     )
 
 
@@ -638,6 +646,7 @@ def decode_attention(
         BLOCK_DV=tile.block_dim(v_head_dim),
         BLOCK_S=schedule.parts_at_a_time,
         COMBINE_STAGES=schedule.combine_stages,
+        ALL_STAGES=COMBINE_STAGES,
         HEADS_P2=schedule.heads_p2,
         MEMBERS=schedule.max_members,
         MEMBERS_P2=triton.next_power_of_2(schedule.max_members),

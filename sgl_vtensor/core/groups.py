@@ -65,3 +65,9 @@ def group_prefixes(
             groups[3, group] = shared * page_tokens
         first += members
     return groups
+
+
+def saved_tokens(groups: npt.NDArray[np.int32]) -> int:
+    """Tokens that are read less often, by groups as ``group_prefixes`` returns them."""
+    members, tokens = groups[2], groups[3]
+    return int(((members - 1) * tokens)[members > 0].sum())

@@ -118,7 +118,8 @@ class VTensorAttnBackend(AttentionBackend):
         runtime.extend_reads_homes = in_bulk
         self._decode_pages = self._make_pages() if in_bulk and self._decodes_fastest(runner) else None
         self._max_members = min(max_members(num_q_heads, keys.shape[2]) for keys, _ in self._views.values())
-        self._groups = torch.zeros(4 * self._max_batch, dtype=torch.int32, device=self.device)
+        self._groups: dict[int, tuple[torch.Tensor, np.ndarray[Any, np.dtype[np.int32]]]] = {}
+        """By batch size, on the device, where a graph finds them, and what was copied there."""
         runtime.can_read_homes = self._paged is not None
         runtime.attention = self._describe()
         if self._workspace is not None and (runtime.reads_rows or self._decode_pages is not None):
@@ -266,9 +267,14 @@ class VTensorAttnBackend(AttentionBackend):
         """Requests that begin with the same keys, where the kernel takes them."""
         if self._workspace is None or self._max_members < 2 or batch_size > MAX_GROUPED:
             return None
-        groups = self._groups[: 4 * batch_size].view(4, batch_size)
         found = self.runtime.groups_of_launch(batch_size, self._max_members)
-        return groups.copy_(self._pinned(found), non_blocking=True)
+        groups, copied = self._groups.get(batch_size, (None, None))
+        if groups is None:
+            groups = torch.empty(found.shape, dtype=torch.int32, device=self.device)
+        if copied is None or not np.array_equal(found, copied):
+            groups.copy_(self._pinned(found), non_blocking=True)
+            self._groups[batch_size] = groups, found
+        return groups
 
     def _host_rows(self, batch_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Row numbers, padded with row 0. Dummy and capture runs have no rows: all of theirs are padding."""

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_vtensor.core.groups import alone, group_prefixes
+from sgl_vtensor.core.groups import alone, group_prefixes, saved_tokens
 
 PAGE_TOKENS = 16
 
@@ -59,6 +59,8 @@ def test_what_saves_most_is_grouped() -> None:
     together = [sorted(found[0, found[1] == leader].tolist()) for leader in np.flatnonzero(found[2])]
     assert sorted(together) == [[0, 2], [1], [3]], "three pages of two are more than one page of three"
     assert sorted(found[3].tolist()) == [0, 0, 3 * PAGE_TOKENS, 3 * PAGE_TOKENS]
+    assert saved_tokens(found) == 3 * PAGE_TOKENS
+    assert saved_tokens(alone(4)) == 0
 
 
 def test_nothing_is_shared() -> None:

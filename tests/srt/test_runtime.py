@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sgl_vtensor.config import VTensorConfig
+from sgl_vtensor.core.groups import alone
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
@@ -82,6 +83,7 @@ class World:
         self.runtime.begin_launch(batch)
         rows = self.runtime.rows_of_launch()
         assert rows is not None and (rows == self.pool.row_of_slot[slots]).all()
+        self.groups = self.runtime.groups_of_launch(len(slots) + 1, max_members=4).tolist()
         reads_homes = self.runtime.launch_reads_homes
         if not reads_homes:
             assert self.pool.is_synced(slots), "a launch reads rows that lack pages"
@@ -123,6 +125,45 @@ def test_a_large_batch_reads_homes_and_maps_only_the_prefill_that_goes_on(world:
     assert not any(world.pool.is_synced([slot]) for slot in slots if slot != 3)
     assert world.decode([1]), "its row was never mapped"
     assert not world.prefill([3], 13), "its row was mapped behind its first chunk"
+
+
+def test_requests_that_begin_with_the_same_pages_are_decoded_together(world: World) -> None:
+    world.prefill([1], 30)
+    shared = world.pool.wanted[1, :20].tolist()
+    for slot, prefix in ((2, shared), (4, shared[:17])):
+        world.pool.open(slot, prefix, 30 * 16)
+    world.prefill([2, 3, 4], 30)
+    world.decode([3, 4, 2, 1])
+    order, leader, members, tokens = world.groups
+    assert sorted(order[:4]) == [0, 1, 2, 3]
+    assert order[4] == 4, "what a graph's batch is padded with stays behind"
+    together = {order[place] for place in range(5) if leader[place] == leader[order.index(1)]}
+    assert together == {1, 2, 3}, "slots 4, 2 and 1"
+    assert sorted(members) == [0, 0, 1, 1, 3]
+    assert sorted(tokens) == [0, 0, *[17 * 16] * 3]
+    world.decode([3, 4])
+    assert world.groups == alone(3).tolist()
+
+
+def test_what_saves_little_is_decoded_alone(world: World) -> None:
+    """Two of 34 pages may share 16, but not if three others share nothing."""
+    world.prefill([1], 34)
+    world.pool.open(2, world.pool.wanted[1, :16].tolist(), 34 * 16)
+    world.prefill([2, 3, 4, 5], 34)
+    world.decode([1, 2])
+    assert max(world.groups[3]) == 0, "16 of 68 pages"
+    world.decode([1])
+    assert world.groups == alone(2).tolist()
+    world.pool.open(6, world.pool.wanted[1, :18].tolist(), 34 * 16)
+    world.prefill([6], 34)
+    world.decode([1, 6])
+    assert max(world.groups[3]) == 18 * 16
+    world.decode([1, 3, 6])
+    assert max(world.groups[3]) == 0, "18 of 102 pages"
+
+
+def test_runs_that_are_no_launch_have_nobody_together(world: World) -> None:
+    assert world.runtime.groups_of_launch(3, max_members=4).tolist() == alone(3).tolist()
 
 
 def test_the_line_at_start_says_what_the_pool_is(world: World) -> None:
