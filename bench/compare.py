@@ -79,6 +79,7 @@ class Comparison:
         self.begin = time.monotonic()
         self.results = Results("serving", options.out, keep=torch.cuda.is_available())
         self.measured: list[Measured] = []
+        self.decoded: dict[str, dict[int, logprobs.Decoded]] = {}
         self.answers: dict[str, dict[int, logprobs.Answer]] = {}
         self.failed = False
         """Something that was to be measured was not."""
@@ -163,6 +164,28 @@ class Comparison:
                 f"prompts differ by {spread:.3f}",
                 flush=True,
             )
+            self._compare_decoded(server)
+
+    def _compare_decoded(self, server: Remote) -> None:
+        """What a batch says whose requests begin alike; the first server twice, for what batching itself changes."""
+        longest = self.options.longest_probe
+        decoded = logprobs.ask_together(server, longest)
+        baseline = next(iter(self.decoded), server.name)
+        if not self.decoded:
+            self.decoded[baseline] = decoded
+            decoded = logprobs.ask_together(server, longest)
+        self.decoded.setdefault(server.name, decoded)
+        found = logprobs.decoded_difference(decoded, self.decoded[baseline])
+        case = f"decoded logprob, {len(decoded)} prompts together"
+        for metric, value in found.items():
+            unit = "1" if metric == "decoded_tokens_alike" else "nat"
+            self.results.add(case, server.name, f"{metric}_from_{baseline}", unit, [value])
+        print(
+            f"  {server.name:24s} decoded together: {found['decoded_max_abs_diff']:.4f} at most, "
+            f"{found['decoded_mean_abs_diff']:.5f} on average from {baseline}'s; the first "
+            f"{found['decoded_tokens_alike']:.1f} of {logprobs.DECODED_TOKENS} tokens are alike",
+            flush=True,
+        )
 
     def _measure(self, servers: list[Remote]) -> None:
         for name in self.options.workload:

@@ -1,9 +1,12 @@
-"""Do two servers compute the same? First-token logprobs of prompts that are short, long, shared and chunked."""
+"""Do two servers compute the same? First-token logprobs of prompts that are short, long, shared and chunked, asked one
+by one; and those of the tokens that follow, of prompts that are asked together and begin alike.
+"""
 
 from __future__ import annotations
 
 import random
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from servers import Remote
@@ -12,6 +15,12 @@ PROBED_TOKENS = list(range(100, 1700, 100))
 """Their logprobs are compared, whatever the model says next."""
 LEAST_SPREAD = 0.1
 """In nat: a model whose logprobs vary less from prompt to prompt hardly looks at its cache, as with dummy weights."""
+
+
+DECODED_TOKENS = 96
+"""Of each prompt that is asked together with others."""
+Decoded = list[tuple[int, float]]
+"""Tokens as the server chose them, each with its logprob."""
 
 
 @dataclass(frozen=True)
@@ -79,4 +88,48 @@ def difference(mine: dict[int, Answer], theirs: dict[int, Answer]) -> dict[str, 
         "max_abs_diff": max(gaps),
         "mean_abs_diff": sum(gaps) / len(gaps),
         "first_tokens_differ": float(sum(own.first_token != other.first_token for own, other in pairs)),
+    }
+
+
+def ask_together(server: Remote, longest: int) -> dict[int, Decoded]:
+    """Prompts of at most ``longest`` tokens, of which several begin alike, all at once; by their number.
+
+    So they are decoded in one batch, in which a backend may read what they share once for several of them.
+    """
+    draw = random.Random(3)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(1000, 40000) for _ in range(count)]
+
+    longest = min(longest, server.info().get("max_req_input_len") or longest)
+    asked = [base + tokens(extra) for base in map(tokens, (4096, 900, 300)) for extra in (1, 5, 40, 128, 129, 300, 700)]
+    asked += [tokens(count) for count in (1, 50, 3000)]
+
+    def ask_one(prompt: list[int]) -> Decoded:
+        sampling = {"max_new_tokens": DECODED_TOKENS, "temperature": 0, "ignore_eos": True}
+        reply = server.post("/generate", {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True})
+        return [(token, logprob) for logprob, token, *_ in reply["meta_info"]["output_token_logprobs"]]
+
+    server.flush()
+    fitting = {number: prompt for number, prompt in enumerate(asked) if len(prompt) + DECODED_TOKENS <= longest}
+    with ThreadPoolExecutor(max(len(fitting), 1)) as executor:
+        return dict(zip(fitting, executor.map(ask_one, fitting.values()), strict=True))
+
+
+def decoded_difference(mine: dict[int, Decoded], theirs: dict[int, Decoded]) -> dict[str, float]:
+    """The largest and the mean difference of a chosen token's logprob, in nat, up to the first one that differs.
+
+    Greedy decoding parts at a near tie, so ``tokens_alike``, how many are compared of each answer, is small for servers
+    whose kernels round differently; wrong keys show in the logprobs.
+    """
+    gaps, alike = [], []
+    for number in mine.keys() & theirs.keys():
+        pairs = list(zip(mine[number], theirs[number], strict=True))
+        same = next((at for at, (own, other) in enumerate(pairs) if own[0] != other[0]), len(pairs))
+        gaps += [abs(own[1] - other[1]) for own, other in pairs[:same]]
+        alike.append(same)
+    return {
+        "decoded_max_abs_diff": max(gaps, default=0.0),
+        "decoded_mean_abs_diff": statistics.fmean(gaps) if gaps else 0.0,
+        "decoded_tokens_alike": statistics.fmean(alike) if alike else 0.0,
     }

@@ -178,7 +178,7 @@ class DecodeSchedule:
             groups: [4, batch] int32: requests whose rows begin with the same keys, which are then read once for all of
                 a group. The requests in an order in which groups are together; then for each position of it the
                 position that its group begins at, how many requests the group has (0 but at its beginning; at most
-                ``max_members``), and how many tokens it shares (whole blocks, fewer than any of them has). It may be
+                ``max_members``), and how many tokens it shares (whole blocks, no more than any of them has). It may be
                 filled anew between replays of a graph.
         """
         if groups is not None and (groups.shape != (4, self.batch) or self.max_members == 1):
@@ -456,8 +456,9 @@ def _decode_kernel(
             )
         else:
             part = (slot + (index - begin // share) * members + member).to(tl.int64) * Q_HEADS + head
+            # Of no key at all, for a group that shares all that a request has, the part is 0 with a weight of 0.
             tl.store(lse_ptr + part, row_max + tl.log2(row_sum), mask=is_row)
-            acc *= (v_scale / row_sum)[:, None]
+            acc *= (v_scale / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
             tl.store(partial_ptr + (part * V_DIM)[:, None] + dim_v[None, :], acc, mask=is_value)
             lane = tl.arange(0, MEMBERS_P2)
             is_member = lane < members
@@ -546,7 +547,7 @@ def _combine(
             other=0.0,
             cache_modifier=".cg",
         )
-        # Every part holds a key that is seen, so that the maximum is finite for each head.
+        # Some part up to here holds a key that is seen, so that the maximum is finite for each head.
         new_biggest = tl.where(is_row, tl.maximum(biggest, tl.max(lse, 0)), 0.0)
         weight = tl.exp2(lse - new_biggest[None, :])
         rescale = tl.exp2(biggest - new_biggest)

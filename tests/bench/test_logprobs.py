@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from logprobs import Answer, difference, prompts, spread
+from logprobs import Answer, decoded_difference, difference, prompts, spread
 
 
 def test_prompts_are_short_long_shared_equal_and_chunked() -> None:
@@ -27,3 +27,12 @@ def test_differences_of_the_prompts_that_both_answered() -> None:
 def test_a_model_that_does_not_mind_its_prompt_is_told_from_one_that_does() -> None:
     assert spread({0: Answer(5, (-1.0, -2.0)), 1: Answer(5, (-1.0, -2.0))}) == 0
     assert spread({0: Answer(5, (-1.0, -2.0)), 1: Answer(5, (-3.0, -2.0))}) == pytest.approx(0.5)
+
+
+def test_decoded_tokens_are_compared_up_to_where_the_answers_part() -> None:
+    mine = {0: [(5, -1.0), (6, -2.0), (7, -1.0)], 1: [(5, -1.0), (6, -1.0)]}
+    theirs = {0: [(5, -1.25), (6, -2.0), (8, -9.0)], 1: [(5, -1.0), (6, -1.75)], 2: [(5, -50.0)]}
+    assert decoded_difference(mine, theirs) == {
+        "decoded_max_abs_diff": 0.75, "decoded_mean_abs_diff": 0.25, "decoded_tokens_alike": 2.0,
+    }  # fmt: skip
+    assert decoded_difference(mine, {}) == dict.fromkeys(decoded_difference(mine, theirs), 0.0)

@@ -131,3 +131,21 @@ def test_a_pass_makes_one_schedule_for_layers_alike_and_anew_for_new_lengths(
             torch.testing.assert_close(out.view(-1, 4, 16), expected, rtol=1e-5, atol=1e-5)
         assert len(launched) == (2 if decoding else 1), "decode has one a window"
         assert bounds == ([] if decoding else [max(lengths)]), "rows are longer than is said"
+
+
+def test_groups_are_copied_to_where_the_graph_of_a_batch_size_reads_them() -> None:
+    made = object.__new__(backend.VTensorAttnBackend)
+    made._workspace, made._max_members, made.device, made._groups = "workspace", 4, torch.device("cpu"), {}
+    together = alone(3)
+    together[1:] = [[0, 0, 2], [2, 0, 1], [64, 64, 0]]
+    says = {3: alone(3), 2: alone(2)}
+    made.runtime = types.SimpleNamespace(groups_of_launch=lambda batch_size, max_members: says[batch_size])
+    kept = made._copy_groups(3)
+    assert kept.tolist() == alone(3).tolist()
+    assert made._copy_groups(2).tolist() == alone(2).tolist()
+    for found in (together, alone(3), together):
+        says[3] = found
+        assert made._copy_groups(3) is kept, "a graph has its address"
+        assert kept.tolist() == found.tolist()
+    made._max_members = 1
+    assert made._copy_groups(3) is None

@@ -162,6 +162,15 @@ def test_what_saves_little_is_decoded_alone(world: World) -> None:
     assert max(world.groups[3]) == 0, "18 of 102 pages"
 
 
+def test_the_page_that_is_written_next_is_shared_with_nobody(world: World) -> None:
+    """Even where the books have it twice."""
+    world.prefill([1], 20)
+    world.pool.open(2, world.pool.wanted[1, :20].tolist(), 20 * 16)
+    world.prefill([2], 20)
+    world.decode([1, 2])
+    assert world.groups[3][:2] == [19 * 16] * 2
+
+
 def test_runs_that_are_no_launch_have_nobody_together(world: World) -> None:
     assert world.runtime.groups_of_launch(3, max_members=4).tolist() == alone(3).tolist()
 
