@@ -210,6 +210,10 @@ class Inputs:
             for part in view:
                 part[:, : shape.shared] = part[first, : shape.shared]
 
+    def pool_indices(self) -> torch.Tensor:
+        """Of the stock pools, request after request: [tokens] int32, cut by ``kv_indptr``."""
+        return torch.cat([slots[:length] for slots, length in zip(self.slots, self.kv_lens.tolist(), strict=True)])
+
     def page_table(self, page_tokens: int) -> torch.Tensor:
         """Of the homes in pages of ``page_tokens``, [batch, pages] int32, as SGLang derives it from its slots."""
         if self.page_tokens % page_tokens:

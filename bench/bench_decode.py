@@ -32,7 +32,7 @@ GRID = [
     equal(1, 8191, 1, 8, 1),
     equal(16, 4095, 1, 32, 8, 64),
     equal(16, 4095, 1, 32, 8, 256),
-    # Requests that share a prompt: those of the workload gsp, agents with a long one, and a few with little.
+    # Requests that share a prompt, much of what they have, and little.
     *(
         Shape(
             (length - 1,) * batch,
@@ -108,7 +108,7 @@ def sglang_triton(inputs: Inputs, shape: Shape) -> Call:
     get_num_kv_splits_triton[(1,)](
         splits, inputs.kv_lens, shape.batch, 1, shape.q_heads, shape.kv_heads, most, cores, MAX_NUM_SEQ=256
     )
-    indices = torch.arange(len(inputs.pools[0][0]), device="cuda")
+    indices = inputs.pool_indices().long()
 
     def call(layer: int) -> torch.Tensor:
         decode_attention_fwd(

@@ -206,7 +206,7 @@ def flashinfer_paged(inputs: Inputs, shape: Shape) -> Call:
 
 def flashinfer_pages(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Page indices, and the tokens in each request's last page, for pages of one token."""
-    return torch.arange(len(inputs.pools[0][0]), dtype=torch.int32, device="cuda"), torch.ones_like(inputs.kv_lens)
+    return inputs.pool_indices(), torch.ones_like(inputs.kv_lens)
 
 
 def sglang_triton(inputs: Inputs, shape: Shape) -> Call:

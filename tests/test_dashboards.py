@@ -24,7 +24,8 @@ def made() -> set[str]:
     metrics = Metrics({"model_name": "m"}, registry=registry)
     counts = """page_bytes limit_bytes num_pages backed_bytes pages_in_use pages_cached pages_free_backed pages_shared
         pages_running pages_seen mappings rows_running rows_parked pages_created pages_released tokens_copied tokens_hit
-        tokens_computed pages_evicted_by_limit pages_evicted_by_age mappings_ahead pages_created_ahead"""
+        tokens_computed pages_evicted_by_limit pages_evicted_by_age mappings_ahead pages_created_ahead decode_pages
+        decode_pages_saved"""
     figures: dict[str, Any] = dict.fromkeys(counts.split(), 1)
     drivers = {"driver_errors": {"map": 1}, "driver_seconds": {"map": 1.0}}
     metrics.update(figures | drivers, [0.001], {"map": [1] * (len(CALL_SECONDS) + 1)})

@@ -157,6 +157,11 @@ class DecodeSchedule:
         at_once = self.shares * values <= VALUES_AT_ONCE
         self.parts_at_a_time = max((VALUES_AT_ONCE if at_once else COMBINED_VALUES) // values, 1)
         self.combine_stages = 1 if at_once else COMBINE_STAGES
+        # Of all members of a group one part at a time, with no more shared memory than the loop over keys has.
+        v_dim = tile.block_dim(workspace.v_head_dim)
+        under_way = (self.config.num_stages - 1) * self.config.block_n * (tile.block_dim(head_dim) + v_dim)
+        part_bytes = self.block_h * v_dim * 4
+        self.all_stages = min(1 + under_way * k.element_size() // part_bytes, COMBINE_STAGES)
         if self.shares > workspace.max_shares:
             raise ValueError(
                 f"{kv_heads} kv heads need {self.shares} shares and the workspace has {workspace.max_shares}: make it "
@@ -647,7 +652,7 @@ def decode_attention(
         BLOCK_DV=tile.block_dim(v_head_dim),
         BLOCK_S=schedule.parts_at_a_time,
         COMBINE_STAGES=schedule.combine_stages,
-        ALL_STAGES=COMBINE_STAGES,
+        ALL_STAGES=schedule.all_stages,
         HEADS_P2=schedule.heads_p2,
         MEMBERS=schedule.max_members,
         MEMBERS_P2=triton.next_power_of_2(schedule.max_members),

@@ -29,6 +29,8 @@ COUNTERS: dict[str, str] = {
     "tokens_hit": "Tokens of prompts that were found in the cache.",
     "tokens_computed": "Tokens of prompts that were not.",
     "tokens_copied": "Cached tokens that were copied into a request's own page.",
+    "decode_pages": "Pages that decode steps looked at, counted for each request and step.",
+    "decode_pages_saved": "Those of them that were read together with another request's.",
 }
 """Each is a key of ``Runtime.stats``."""
 

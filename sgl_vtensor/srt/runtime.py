@@ -98,6 +98,10 @@ class Runtime:
         """What reads the pages, in words; ours says so itself."""
         self.words = pool.pages.tensor().view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
+        self.decode_pages = 0
+        """Pages of all requests of all decode steps that our kernel computed."""
+        self.decode_pages_saved = 0
+        """Those of them that were read together with another request's."""
         self.mapping_waits = 0
         """Launches that waited for mappings; so many seconds, of which the longest."""
         self.mapping_wait_seconds = 0.0
@@ -253,15 +257,20 @@ class Runtime:
         """
         groups = alone(batch_size)
         slots = self._batch_slots
-        if slots is None or len(slots) < 2:
+        if slots is None:
             return groups
         num_pages, page_tokens = self.pool.num_wanted[slots], self.pool.layout.page_tokens
+        self.decode_pages += int(num_pages.sum())
+        if len(slots) < 2:
+            return groups
         found = group_prefixes(
             self.pool.wanted[slots], num_pages - 1,  # the last page holds the token that is written next
             page_tokens=page_tokens, max_members=max_members, min_pages=-(-MIN_SHARED_TOKENS // page_tokens),
         )  # fmt: skip
-        if saved_tokens(found) >= MIN_SAVED_SHARE * page_tokens * int(num_pages.sum()):
+        saved_pages = saved_tokens(found) // page_tokens
+        if saved_pages >= MIN_SAVED_SHARE * int(num_pages.sum()):
             groups[:, : len(slots)] = found
+            self.decode_pages_saved += saved_pages
         return groups
 
     def zero_fresh_pages(self) -> None:
@@ -336,6 +345,8 @@ class Runtime:
             "tokens_hit": self.allocator.tokens_hit,
             "tokens_computed": self.allocator.tokens_computed,
             "tokens_copied": self.tokens_copied,
+            "decode_pages": self.decode_pages,
+            "decode_pages_saved": self.decode_pages_saved,
             "mapping_waits": self.mapping_waits,
             "mapping_wait_seconds": self.mapping_wait_seconds,
             "mapping_wait_longest_seconds": self.mapping_wait_longest_seconds,

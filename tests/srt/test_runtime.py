@@ -133,6 +133,7 @@ def test_requests_that_begin_with_the_same_pages_are_decoded_together(world: Wor
     for slot, prefix in ((2, shared), (4, shared[:17])):
         world.pool.open(slot, prefix, 30 * 16)
     world.prefill([2, 3, 4], 30)
+    pages_before, world.runtime.decode_pages_saved = world.runtime.decode_pages, 0
     world.decode([3, 4, 2, 1])
     order, leader, members, tokens = world.groups
     assert sorted(order[:4]) == [0, 1, 2, 3]
@@ -141,8 +142,11 @@ def test_requests_that_begin_with_the_same_pages_are_decoded_together(world: Wor
     assert together == {1, 2, 3}, "slots 4, 2 and 1"
     assert sorted(members) == [0, 0, 1, 1, 3]
     assert sorted(tokens) == [0, 0, *[17 * 16] * 3]
+    assert (world.runtime.decode_pages, world.runtime.decode_pages_saved) == (pages_before + 4 * 30, 2 * 17)
     world.decode([3, 4])
     assert world.groups == alone(3).tolist()
+    world.decode([3])
+    assert (world.runtime.decode_pages, world.runtime.decode_pages_saved) == (pages_before + 7 * 30, 2 * 17)
 
 
 def test_what_saves_little_is_decoded_alone(world: World) -> None:
