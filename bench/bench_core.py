@@ -13,6 +13,7 @@ replayed. Needs no GPU:
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import tempfile
 import time
@@ -33,6 +34,7 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from vtensor_kernels import MAX_GROUPED
 
 from sgl_vtensor.config import VTensorConfig
 from sgl_vtensor.core.layout import plan_layout
@@ -59,6 +61,8 @@ EVICTED_PAGES = 16
 """What a decode step of 1 000 requests takes, on average, of pages of 64 tokens."""
 CALLS = 1000
 """Of what is too short to be timed alone."""
+MEMBERS = 4
+"""Requests in a tile, with four query heads a kv head."""
 STEP_US = 10_000.0
 STEP_CALLS = 2 * EVICTED_PAGES
 """Driver calls of a step of 1 000 requests whose rows are read: a page is mapped at its home and in a row."""
@@ -183,7 +187,13 @@ class Surroundings:
         self.runtime.decode_reads_homes = self.runtime.extend_reads_homes = False
         self.pool.take_fresh()
         self.policy.ranks = Ranks(0, np.zeros((2, BOARD_COLUMNS), dtype=np.int64))
+        request = SimpleNamespace(
+            finished=lambda: False, kv=SimpleNamespace(kv_allocated_len=PAGE_TOKENS, cache_protected_len=0)
+        )
         self.scheduler: Any = SimpleNamespace(
+            running_batch=SimpleNamespace(reqs=[copy.copy(request) for _ in range(size.running)]),
+            last_batch=None,
+            chunked_req=None,
             tree_cache=self.tree,
             waiting_queue=[],
             tp_worker=SimpleNamespace(model_runner=SimpleNamespace(vtensor=self.runtime)),
@@ -233,6 +243,12 @@ class Surroundings:
         )
         self.runtime.begin_launch(batch)
         self.runtime.end_launch(batch)
+
+    def groups(self) -> None:
+        """Each decode step of our own kernel: which requests begin with the same pages, of 128 at most."""
+        self.runtime._batch_slots = self.load.slots[: min(len(self.load.slots), MAX_GROUPED)]
+        self.runtime.groups_of_launch(len(self.runtime._batch_slots), MEMBERS)
+        self.runtime._batch_slots = None
 
     def look(self) -> None:
         """Twice a second: the device's free memory, and the age of the cache."""
@@ -327,6 +343,7 @@ def measure(size: Size, steps: int, results: Results | None, trace: Path | None 
         note("decode_step", load.decode)
         if around is not None:
             note("launch", around.launch)
+            note("groups", around.groups)
             if step % NEW_WAITING_STEPS == 0:
                 around.arrive()
             before = around.pool.rows.mappings_ahead

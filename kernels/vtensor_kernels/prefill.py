@@ -68,31 +68,31 @@ q_len, tile in the request, splits, first slot, 3 unused. q_len is 0 behind the 
 
 
 @triton.jit
-def _tiles_as_long(tokens, tiles, q_len, kv_len, group, block_m, CAUSAL: tl.constexpr):
+def _tiles_as_long(tokens, tiles, q_len, kv_len, most_seen, group, block_m, CAUSAL: tl.constexpr):
     """How many of each request's tiles see at least so many keys, as ``_keys_seen`` has it; all of them do see 0."""
     shorter = tl.zeros_like(tiles)
     if CAUSAL:
         missing = tokens - 1 - (kv_len - q_len)
         differ = (missing > 0) & (2 * q_len > kv_len)
         shorter = tl.where(differ, tl.cdiv(missing * group + 1, block_m) - 1, 0)
-    found = tl.where(tokens <= kv_len, tl.maximum(tiles - shorter, 0), 0)
+    found = tl.where(tokens <= tl.minimum(kv_len, most_seen), tl.maximum(tiles - shorter, 0), 0)
     return tl.where(tokens <= 0, tiles, found)
 
 
 @triton.jit
-def _keys_seen(tile_index, q_len, kv_len, group, block_m, CAUSAL: tl.constexpr):
+def _keys_seen(tile_index, q_len, kv_len, most_seen, group, block_m, CAUSAL: tl.constexpr):
     """By a tile of queries. Behind a prefix that is as long all tiles count alike, so that they stay together."""
     seen = kv_len
     if CAUSAL:
         last = kv_len - q_len + ((tile_index + 1) * block_m - 1) // group
         seen = tl.where(2 * q_len > kv_len, tl.maximum(tl.minimum(last + 1, kv_len), 0), kv_len)
-    return seen
+    return tl.minimum(seen, most_seen)
 
 
 @triton.jit(
     do_not_specialize=[
-        "batch", "group", "block_m", "kv_heads", "programs", "pieces", "combined", "slots", "min_split", "most_splits",
-        "forced",
+        "batch", "most_seen", "group", "block_m", "kv_heads", "programs", "pieces", "combined", "slots", "min_split",
+        "most_splits", "forced",
     ]
 )  # fmt: skip
 def _schedule_kernel(
@@ -103,6 +103,7 @@ def _schedule_kernel(
     qo_indptr,
     kv_lens,
     batch,
+    most_seen,  # keys that a tile sees through a sliding window
     group,
     block_m,
     kv_heads,
@@ -138,11 +139,11 @@ def _schedule_kernel(
         seen = kv_len.to(tl.float32)  # by a query, on average
         if CAUSAL:
             seen -= q_len / 2
-        seen = tl.maximum(seen, 1.0)
+        seen = tl.minimum(tl.maximum(seen, 1.0), most_seen)
         share = tl.sum(seen * tiles, 0) * kv_heads / programs
         # With more tiles than programs, shorter pieces fill up what longer ones leave.
         share *= tl.where(num_tiles * kv_heads <= programs, 1.0, MIXED_SHARE)
-        splits = tl.minimum((seen / share).to(tl.int32), tl.cdiv(kv_len, min_split))
+        splits = tl.minimum((seen / share).to(tl.int32), tl.cdiv(tl.minimum(kv_len, most_seen), min_split))
         splits = tl.where(forced > 0, forced, tl.minimum(tl.maximum(splits, 1), most_splits))
         splits = tl.where(tl.sum(tl.where(splits > 1, tiles * splits, 0), 0) <= slots, splits, 1)
     last = tl.cumsum(tiles, 0)
@@ -157,10 +158,10 @@ def _schedule_kernel(
         own_splits = tl.sum(tl.where(mine, splits, 0), 0)
         tile_index = index - tl.sum(tl.where(mine, last - tiles, 0), 0)
         row = tl.load(rows_ptr + own_request).to(tl.int32)
-        step = tl.maximum(tl.max(kv_len, 0) // LEVELS, 1)
-        level = _keys_seen(tile_index, own_len, own_kv_len, group, block_m, CAUSAL) // own_splits // step
-        longer = _tiles_as_long((level + 1) * step * splits, tiles, q_len, kv_len, group, block_m, CAUSAL)
-        alike = _tiles_as_long(level * step * splits, tiles, q_len, kv_len, group, block_m, CAUSAL) - longer
+        step = tl.maximum(tl.minimum(tl.max(kv_len, 0), most_seen) // LEVELS, 1)
+        level = _keys_seen(tile_index, own_len, own_kv_len, most_seen, group, block_m, CAUSAL) // own_splits // step
+        longer = _tiles_as_long((level + 1) * step * splits, tiles, q_len, kv_len, most_seen, group, block_m, CAUSAL)
+        alike = _tiles_as_long(level * step * splits, tiles, q_len, kv_len, most_seen, group, block_m, CAUSAL) - longer
         before = longer * splits + tl.where(request < own_request, alike * splits, 0)
         # Of its own request the later tiles, which see more.
         place = tl.sum(before, 0) + (own_tiles - 1 - tile_index - tl.sum(tl.where(mine, longer, 0), 0)) * own_splits
@@ -497,7 +498,8 @@ def prefill_attention(
     group = q_heads // kv_heads
     if schedule is None:
         schedule = prefill_schedule(
-            q, k, v, rows, qo_indptr, kv_lens, max_q_len, causal=causal, max_kv_len=max_kv_len, config=config
+            q, k, v, rows, qo_indptr, kv_lens, max_q_len, causal=causal, sliding_window=sliding_window,
+            max_kv_len=max_kv_len, config=config,
         )  # fmt: skip
     config = schedule.config
     tiles = _num_tiles(batch, num_tokens, max_q_len, group, config.block_m)
@@ -574,14 +576,15 @@ def prefill_schedule(
     max_q_len: int,
     *,
     causal: bool = True,
+    sliding_window: int = -1,
     max_kv_len: int | None = None,
     config: PrefillConfig | None = None,
 ) -> PrefillSchedule:
     """Who computes what, for all layers: tile sizes, which keys are split, and the order of the pieces, longest first.
 
     Nothing of it is computed on the host, and only shapes and dtypes of ``q``, ``k`` and ``v`` count. Arguments are as
-    ``prefill_attention`` takes them; the schedule is for calls with these ``rows``, lengths, ``max_q_len`` and
-    ``causal``.
+    ``prefill_attention`` takes them; the schedule is for calls with these ``rows``, lengths, ``max_q_len``, ``causal``
+    and ``sliding_window``.
     """
     num_tokens, q_heads = q.shape[:2]
     kv_heads = k.shape[2]
@@ -590,9 +593,15 @@ def prefill_schedule(
     longest = k.shape[1] if max_kv_len is None else max_kv_len
     processors = tile.processors(q.device)
 
+    def most_seen(config: PrefillConfig) -> int:
+        """Keys that a tile sees, at most, through a sliding window."""
+        if sliding_window <= 0:
+            return 2**30
+        return (1 if causal else 2) * sliding_window + triton.cdiv(config.block_m, group) + 1
+
     def useful(config: PrefillConfig) -> int:
         """Most splits of a tile."""
-        return max(min(MAX_SPLITS, triton.cdiv(longest, config.min_split_tokens)), 1)
+        return max(min(MAX_SPLITS, triton.cdiv(min(longest, most_seen(config)), config.min_split_tokens)), 1)
 
     def fit(config: PrefillConfig) -> tuple[int, int]:
         """Its tiles, and the pieces that each would be in if all were as long."""
@@ -609,7 +618,7 @@ def prefill_schedule(
     if config.splits is not None:
         if config.splits > 1:
             slots, combined = tiles * config.splits, tiles
-    elif splits > 1 or (batch > 1 and longest >= LONG_TOKENS):
+    elif splits > 1 or (batch > 1 and min(longest, most_seen(config)) >= LONG_TOKENS):
         # A piece of a split tile is MIXED_SHARE of what a program does, or more.
         slots = min(int(processors / (MIXED_SHARE * kv_heads)) + 1, tiles * useful(config))
         combined = min(slots // 2, tiles)
@@ -618,8 +627,9 @@ def prefill_schedule(
     schedule = PrefillSchedule(table[:pieces], table[pieces:-1], table[-1], slots, tiles, config)
     if tiles:
         _schedule_kernel[(pieces,)](
-            schedule.pieces, schedule.combined, schedule.count, rows, qo_indptr, kv_lens, batch, group, config.block_m,
-            kv_heads, processors, pieces, combined, slots, config.min_split_tokens, useful(config), config.splits or 0,
+            schedule.pieces, schedule.combined, schedule.count, rows, qo_indptr, kv_lens, batch, most_seen(config),
+            group, config.block_m, kv_heads, processors, pieces, combined, slots, config.min_split_tokens,
+            useful(config), config.splits or 0,
             BLOCK_B=tile.block_batch(batch), LEVELS=LEVELS, MIXED_SHARE=MIXED_SHARE,
             SPLIT=slots > 0, CAUSAL=causal, ENTRY=_ENTRY, num_warps=4,
         )  # fmt: skip

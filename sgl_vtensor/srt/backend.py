@@ -315,7 +315,7 @@ class VTensorAttnBackend(AttentionBackend):
             attend = reference_attention
             if self._workspace is not None:
                 attend = prefill_attention
-                options["schedule"] = self._prefill_schedule(queries, keys, values, metadata, options["causal"])
+                options["schedule"] = self._prefill_schedule(queries, keys, values, metadata, options)
             attend(
                 queries,
                 keys,
@@ -369,13 +369,19 @@ class VTensorAttnBackend(AttentionBackend):
         return made
 
     def _prefill_schedule(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, metadata: Metadata, causal: bool
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: Metadata,
+        options: dict[str, Any],
     ) -> PrefillSchedule:
-        kind = (queries.shape, keys.shape[2:], values.shape[2:], causal)
+        alike = {name: options[name] for name in ("causal", "sliding_window")}
+        kind = (queries.shape, keys.shape[2:], values.shape[2:], *alike.values())
         if kind not in metadata.schedules:
             metadata.schedules[kind] = prefill_schedule(
                 queries, keys, values, metadata.rows, metadata.qo_indptr, metadata.kv_lens, metadata.max_q_len,
-                causal=causal, max_kv_len=max(metadata.host_kv_lens, default=0),
+                max_kv_len=max(metadata.host_kv_lens, default=0), **alike,
             )  # fmt: skip
         made: PrefillSchedule = metadata.schedules[kind]
         return made

@@ -24,7 +24,7 @@ def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=batches(), group=st.sampled_from([1, 3, 9]), kv_heads=st.sampled_from([1, 2]),
-    splits=st.sampled_from([None, None, 1, 3]), known=st.booleans(),
+    splits=st.sampled_from([None, None, 1, 3]), known=st.booleans(), window=st.sampled_from([-1, 7, 900]),
 )  # fmt: skip
 def test_every_tile_is_there_once(
     device: torch.device,
@@ -34,6 +34,7 @@ def test_every_tile_is_there_once(
     kv_heads: int,
     splits: int | None,
     known: bool,
+    window: int,
 ) -> None:
     q_lens, kv_lens = batch
     config = PrefillConfig(32, 32, 4, 1, min_split_tokens=256, splits=splits)
@@ -43,8 +44,9 @@ def test_every_tile_is_there_once(
     starts = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
     schedule = prefill_schedule(
         q, k, k, rows, starts, torch.tensor(kv_lens, dtype=torch.int32, device=device), max(q_lens), causal=causal,
-        max_kv_len=max(kv_lens) if known else None, config=config,
+        sliding_window=window, max_kv_len=max(kv_lens) if known else None, config=config,
     )  # fmt: skip
+    through_window = (1 if causal else 2) * window + -(-32 // group) + 1 if window > 0 else 1 << 30
 
     pieces = [entry for entry in schedule.pieces.tolist() if entry[2]] if sum(q_lens) else []
     parts: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
@@ -56,6 +58,9 @@ def test_every_tile_is_there_once(
         sees = kv_len
         if causal and 2 * q_len > kv_len:
             sees = max(min(kv_len - q_len + ((tile_index + 1) * 32 - 1) // group + 1, kv_len), 0)
+        sees = min(sees, through_window)
+        longest = min(kv_len, through_window)
+        assert splits is not None or of <= max(-(-longest // 256), 1), "pieces without keys"
         lengths.append(sees // of)
     assert not sum(q_lens) or int(schedule.count[0]) == len(pieces)
     expected = {(request, n) for request, q_len in enumerate(q_lens) for n in range(-(-q_len * group // 32))}
@@ -74,7 +79,7 @@ def test_every_tile_is_there_once(
             request = next(n for n, start in enumerate(starts.tolist()) if start == q_start and q_lens[n])
             listed[request, tile_index] = (of, slot)
     assert listed == combined
-    step = max(max(kv_lens) // LEVELS, 1)
+    step = max(min(max(kv_lens), through_window) // LEVELS, 1)
     levels = [length // step for length in lengths]
     assert levels == sorted(levels, reverse=True), "the longest come first"
 
@@ -122,3 +127,18 @@ def test_bounds_that_a_caller_breaks_reach_nothing_behind_the_table(
         )  # fmt: skip
     assert (memory[0][-64:] == -7).all() and 0 < schedule.count[0] <= len(schedule.pieces)
     assert all(entry[7] < schedule.num_slots for entry in schedule.pieces.tolist() if entry[6] > 1)
+
+
+def test_a_long_row_is_split_by_what_a_window_shows_of_it(device: torch.device) -> None:
+    """One request of few queries: by all keys it would be in 32 pieces, of which 28 have none."""
+    q = torch.empty(16, 4, 16, device=device)
+    k = torch.empty(1, 65536, 1, 16, device="meta")
+    rows, starts, kv_lens = (
+        torch.tensor(values, dtype=torch.int32, device=device) for values in ([0], [0, 16], [65000])
+    )
+    config = PrefillConfig(128, 128, 8, 1, min_split_tokens=1024)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill.tile, "processors", lambda device: 132)
+        for window, pieces in ((-1, 32), (4000, 4)):
+            made = prefill_schedule(q, k, k, rows, starts, kv_lens, 16, sliding_window=window, config=config)
+            assert int(made.count[0]) == pieces
