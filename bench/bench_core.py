@@ -245,7 +245,8 @@ class Surroundings:
         self.runtime.end_launch(batch)
 
     def groups(self) -> None:
-        """Each decode step of our own kernel: which requests begin with the same pages, of 128 at most."""
+        """Where a batch has other requests than before: which of them begin with the same pages, of 128 at most."""
+        self.runtime._grouped_requests = None
         self.runtime._batch_slots = self.load.slots[: min(len(self.load.slots), MAX_GROUPED)]
         self.runtime.groups_of_launch(len(self.runtime._batch_slots), MEMBERS)
         self.runtime._batch_slots = None

@@ -95,6 +95,8 @@ class VTensorPool:
         self.row_of_slot = np.full(num_slots + 1, PADDING_ROW, dtype=np.int32)
         self.num_open = 0
         """Requests that are running."""
+        self.num_opened = 0
+        """Requests so far: as long as it stays, a slot is the same request's."""
         self.requests_of_pages: npt.NDArray[np.int32] = np.zeros(pages.num_pages + 1, dtype=np.int32)
         """[num_pages + 1]: how many running requests have each page. A request has none twice."""
 
@@ -112,6 +114,7 @@ class VTensorPool:
         self.row_of_slot[slot] = row
         self.rows.claimed[row] = len(prefix)
         self.num_open += 1
+        self.num_opened += 1
         self.requests_of_pages[prefix] += 1
         return row
 

@@ -98,6 +98,9 @@ class Runtime:
         """What reads the pages, in words; ours says so itself."""
         self.words = pool.pages.tensor().view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
+        self._grouped_requests: tuple[int, bytes] | None = None
+        self._grouped = (alone(0), 0)
+        """Their groups, and how many pages these save."""
         self.decode_pages = 0
         """Pages of all requests of all decode steps that our kernel computed."""
         self.decode_pages_saved = 0
@@ -259,16 +262,19 @@ class Runtime:
         slots = self._batch_slots
         if slots is None:
             return groups
-        num_pages, page_tokens = self.pool.num_wanted[slots], self.pool.layout.page_tokens
-        self.decode_pages += int(num_pages.sum())
-        if len(slots) < 2:
-            return groups
-        found = group_prefixes(
-            self.pool.wanted[slots], num_pages - 1,  # the last page holds the token that is written next
-            page_tokens=page_tokens, max_members=max_members, min_pages=-(-MIN_SHARED_TOKENS // page_tokens),
-        )  # fmt: skip
-        saved_pages = saved_tokens(found) // page_tokens
-        if saved_pages >= MIN_SAVED_SHARE * int(num_pages.sum()):
+        num_pages = int(self.pool.num_wanted[slots].sum())
+        self.decode_pages += num_pages
+        # What requests share does not change while they decode: new pages are their own.
+        requests = self.pool.num_opened, slots.tobytes()
+        if requests != self._grouped_requests:
+            page_tokens = self.pool.layout.page_tokens
+            found = group_prefixes(
+                self.pool.wanted[slots], self.pool.num_wanted[slots] - 1,  # the last page's next token is being written
+                page_tokens=page_tokens, max_members=max_members, min_pages=-(-MIN_SHARED_TOKENS // page_tokens),
+            )  # fmt: skip
+            self._grouped_requests, self._grouped = requests, (found, saved_tokens(found) // page_tokens)
+        found, saved_pages = self._grouped
+        if saved_pages >= MIN_SAVED_SHARE * num_pages:
             groups[:, : len(slots)] = found
             self.decode_pages_saved += saved_pages
         return groups

@@ -175,6 +175,26 @@ def test_the_page_that_is_written_next_is_shared_with_nobody(world: World) -> No
     assert world.groups[3][:2] == [19 * 16] * 2
 
 
+def test_a_slot_that_another_request_has_now_is_grouped_anew(world: World) -> None:
+    """By its pages, however many there are: while requests decode the groups are not sought again."""
+    world.prefill([1], 30)
+    shared = world.pool.wanted[1, :29].tolist()
+    world.pool.open(2, shared, 30 * 16)
+    world.prefill([2], 30)
+    for _ in range(2):
+        world.decode([1, 2])
+        assert world.groups[3][:2] == [29 * 16] * 2
+    world.prefill([1, 2], 31)
+    world.decode([1, 2])
+    assert world.groups[3][:2] == [29 * 16] * 2, "pages that they begin are their own"
+    world.pool.close(2)
+    world.pool.drain(in_flight=0)
+    world.pool.open(2, [], 31 * 16)
+    world.prefill([2], 31)
+    world.decode([1, 2])
+    assert world.groups == alone(3).tolist()
+
+
 def test_runs_that_are_no_launch_have_nobody_together(world: World) -> None:
     assert world.runtime.groups_of_launch(3, max_members=4).tolist() == alone(3).tolist()
 
