@@ -130,7 +130,8 @@ class VTensorAttnBackend(AttentionBackend):
         keys, values = next(iter(self._views.values()))
         return (
             keys.dtype in (torch.bfloat16, torch.float16)
-            and max(keys.shape[3], values.shape[3]) <= 128
+            and keys.shape[3] == values.shape[3]
+            and keys.shape[3] in (64, 128)
             and runner.attention_chunk_size is None  # local attention, as in Llama 4
         )
 
@@ -145,7 +146,8 @@ class VTensorAttnBackend(AttentionBackend):
     def _describe(self) -> str:
         read = {"rows": self.runtime.reads_rows, "homes": self.runtime.can_read_homes}
         where = " and ".join(name for name, is_read in read.items() if is_read)
-        return f"kernel {self.kernel}{' with FlashAttention-3' if self._fa3 is not None else ''} on {where}"
+        fa3 = " with FlashAttention-3" if self._fa3 is not None else ""
+        return f"kernel {self.kernel}{fa3}{' and our decode' if self._decode_pages is not None else ''} on {where}"
 
     def _choose_kernel(self, asked: str) -> str:
         if self.device.type == "cpu" and asked in ("triton", "fa3"):

@@ -149,3 +149,33 @@ def test_groups_are_copied_to_where_the_graph_of_a_batch_size_reads_them() -> No
         assert kept.tolist() == found.tolist()
     made._max_members = 1
     assert made._copy_groups(3) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "chunk", "ours"),
+    [
+        ((1, 8, 2, 128), torch.bfloat16, None, True),
+        ((1, 8, 2, 64), torch.float16, None, True),
+        ((1, 8, 2, 96), torch.bfloat16, None, False),
+        ((1, 8, 2, 256), torch.bfloat16, None, False),
+        ((1, 8, 2, 128), torch.float8_e4m3fn, None, False),
+        ((1, 8, 2, 128), torch.bfloat16, 8192, False),
+    ],
+)
+def test_our_decode_serves_what_has_been_measured(
+    shape: tuple[int, ...], dtype: torch.dtype, chunk: int | None, ours: bool
+) -> None:
+    made = object.__new__(backend.VTensorAttnBackend)
+    made._views = {3: (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))}
+    assert made._decodes_fastest(types.SimpleNamespace(attention_chunk_size=chunk)) == ours
+
+
+def test_the_page_table_is_as_wide_as_slots_need_it() -> None:
+    made = object.__new__(backend.VTensorAttnBackend)
+    made.runtime = types.SimpleNamespace(pool=types.SimpleNamespace(layout=types.SimpleNamespace(page_tokens=16)))
+    made.req_to_token_pool = types.SimpleNamespace(req_to_token=torch.arange(3 * 50, dtype=torch.int32).view(3, 50))
+    made._max_batch, made.device = 5, torch.device("cpu")
+    pages = made._make_pages()
+    assert pages.table.shape == (5, 4), "50 tokens are in four pages"
+    assert made._first_slots[1].tolist() == [50, 66, 82, 98]
+    assert pages.page_tokens == 16
