@@ -192,7 +192,7 @@ class Inputs:
         position = torch.arange(max(shape.lengths), device=device)
         self.slots = (starts[:-1, None] + position).clamp(max=len(row) - 1).int()
         pages = memory.page_of[: batch * row_pages].view(batch, row_pages)
-        self.home_slots = (pages[:, position // page_tokens] * page_tokens + position % page_tokens).int()
+        self._home_slots = (pages[:, position // page_tokens] * page_tokens + position % page_tokens).int()
         self.sm_scale = dim**-0.5
         if shape.shared:
             self._share(shape)
@@ -204,7 +204,7 @@ class Inputs:
         """
         groups = shape.batch // shape.sharers
         first = torch.arange(shape.batch, device=self.q.device) % groups
-        for slots in (self.slots, self.home_slots):
+        for slots in (self.slots, self._home_slots):
             slots[:, : shape.shared] = slots[first, : shape.shared]
         for view in self.views:
             for part in view:
@@ -218,7 +218,7 @@ class Inputs:
         """Of the homes in pages of ``page_tokens``, [batch, pages] int32, as SGLang derives it from its slots."""
         if self.page_tokens % page_tokens:
             raise ValueError(f"pages of {self.page_tokens} tokens do not divide into ones of {page_tokens}")
-        return (self.home_slots[:, ::page_tokens] // page_tokens).contiguous()
+        return (self._home_slots[:, ::page_tokens] // page_tokens).contiguous()
 
 
 Call = Callable[[int], torch.Tensor]

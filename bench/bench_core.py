@@ -13,7 +13,6 @@ replayed. Needs no GPU:
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import tempfile
 import time
@@ -187,11 +186,10 @@ class Surroundings:
         self.runtime.decode_reads_homes = self.runtime.extend_reads_homes = False
         self.pool.take_fresh()
         self.policy.ranks = Ranks(0, np.zeros((2, BOARD_COLUMNS), dtype=np.int64))
-        request = SimpleNamespace(
-            finished=lambda: False, kv=SimpleNamespace(kv_allocated_len=PAGE_TOKENS, cache_protected_len=0)
-        )
+        kv = SimpleNamespace(kv_allocated_len=PAGE_TOKENS, cache_protected_len=0)
+        reqs = [SimpleNamespace(finished=lambda: False, kv=kv) for _ in range(size.running)]
         self.scheduler: Any = SimpleNamespace(
-            running_batch=SimpleNamespace(reqs=[copy.copy(request) for _ in range(size.running)]),
+            running_batch=SimpleNamespace(reqs=reqs),
             last_batch=None,
             chunked_req=None,
             tree_cache=self.tree,
@@ -247,7 +245,7 @@ class Surroundings:
     def groups(self) -> None:
         """Where a batch has other requests than before: which of them begin with the same pages, of 128 at most."""
         self.runtime._grouped_requests = None
-        self.runtime._batch_slots = self.load.slots[: min(len(self.load.slots), MAX_GROUPED)]
+        self.runtime._batch_slots = self.load.slots[:MAX_GROUPED]
         self.runtime.groups_of_launch(len(self.runtime._batch_slots), MEMBERS)
         self.runtime._batch_slots = None
 

@@ -154,10 +154,7 @@ class Comparison:
                 continue
             found = logprobs.difference(self.answers[server.name], self.answers[baseline])
             count = int(found.pop("prompts"))
-            for metric, value in found.items():
-                metric_unit = "1" if metric == "first_tokens_differ" else "nat"
-                case = f"first-token logprob, {count} prompts"
-                self.results.add(case, server.name, f"{metric}_from_{baseline}", metric_unit, [value])
+            self._add_differences(f"first-token logprob, {count} prompts", server, baseline, found)
             print(
                 f"  {server.name:24s} logprobs: differ from {baseline}'s by {found['max_abs_diff']:.4f} at most, "
                 f"{found['mean_abs_diff']:.5f} on average; {found['first_tokens_differ']:.0f} of {count} first tokens; "
@@ -176,16 +173,18 @@ class Comparison:
             decoded = logprobs.ask_together(server, longest)
         self.decoded.setdefault(server.name, decoded)
         found = logprobs.decoded_difference(decoded, self.decoded[baseline])
-        case = f"decoded logprob, {len(decoded)} prompts together"
-        for metric, value in found.items():
-            unit = "1" if metric == "decoded_tokens_alike" else "nat"
-            self.results.add(case, server.name, f"{metric}_from_{baseline}", unit, [value])
+        self._add_differences(f"decoded logprob, {len(decoded)} prompts together", server, baseline, found)
         print(
             f"  {server.name:24s} decoded together: {found['decoded_max_abs_diff']:.4f} at most, "
             f"{found['decoded_mean_abs_diff']:.5f} on average from {baseline}'s; the first "
             f"{found['decoded_tokens_alike']:.1f} of {logprobs.DECODED_TOKENS} tokens are alike",
             flush=True,
         )
+
+    def _add_differences(self, case: str, server: Remote, baseline: str, found: dict[str, float]) -> None:
+        for metric, value in found.items():
+            unit = "nat" if metric.endswith("_diff") else "1"
+            self.results.add(case, server.name, f"{metric}_from_{baseline}", unit, [value])
 
     def _measure(self, servers: list[Remote]) -> None:
         for name in self.options.workload:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from servers import Remote
+from workloads import VOCABULARY
 
 PROBED_TOKENS = list(range(100, 1700, 100))
 """Their logprobs are compared, whatever the model says next."""
@@ -31,17 +33,24 @@ class Answer:
     logprobs: tuple[float, ...]
 
 
+def _tokens_of(seed: int) -> Callable[[int], list[int]]:
+    """What draws so many tokens more."""
+    draw = random.Random(seed)
+    return lambda count: [draw.randrange(VOCABULARY.start, VOCABULARY.stop) for _ in range(count)]
+
+
+def _fitting(server: Remote, longest: int) -> int:
+    """The longest prompt that the server takes, too."""
+    return min(longest, server.info().get("max_req_input_len") or longest)
+
+
 def prompts() -> list[list[int]]:
     """32 prompts of 1 to 9 000 tokens.
 
     Alone, with a beginning that an earlier one has cached, equal to an earlier one, and longer than a chunk of prefill
     (8 192 tokens on a large GPU).
     """
-    draw = random.Random(7)
-
-    def tokens(count: int) -> list[int]:
-        return [draw.randrange(1000, 40000) for _ in range(count)]
-
+    tokens = _tokens_of(7)
     shared = [tokens(4096), tokens(1000), tokens(127)]
     found = [tokens(count) for count in (1, 15, 16, 17, 63, 64, 65, 500, 1023, 2049, 4097, 8000, 8500, 9000)]
     found += [base + tokens(extra) for base in shared for extra in (1, 16, 200, 777, 3900)]
@@ -51,7 +60,7 @@ def prompts() -> list[list[int]]:
 
 def ask(server: Remote, longest: int) -> dict[int, Answer]:
     """The prompts of at most ``longest`` tokens, one after the other, from an empty cache; by their number."""
-    longest = min(longest, server.info().get("max_req_input_len") or longest)
+    longest = _fitting(server, longest)
     server.flush()
     answers = {}
     for number, prompt in enumerate(prompts()):
@@ -96,12 +105,7 @@ def ask_together(server: Remote, longest: int) -> dict[int, Decoded]:
 
     So they are decoded in one batch, in which a backend may read what they share once for several of them.
     """
-    draw = random.Random(3)
-
-    def tokens(count: int) -> list[int]:
-        return [draw.randrange(1000, 40000) for _ in range(count)]
-
-    longest = min(longest, server.info().get("max_req_input_len") or longest)
+    tokens, longest = _tokens_of(3), _fitting(server, longest)
     asked = [base + tokens(extra) for base in map(tokens, (4096, 900, 300)) for extra in (1, 5, 40, 128, 129, 300, 700)]
     asked += [tokens(count) for count in (1, 50, 3000)]
 

@@ -142,35 +142,32 @@ class DecodeSchedule:
         config: DecodeConfig | None = None,
     ) -> None:
         kv_heads, head_dim = k.shape[2:]
-        width = max(head_dim, workspace.v_head_dim)
+        dim, v_dim = tile.block_dim(head_dim), tile.block_dim(workspace.v_head_dim)
         self.batch = batch
         self.sliding_window = sliding_window
         group = workspace.q_heads // kv_heads
         self.block_h = _block_h(group)
-        self.config = config or choose_config(tile.capability(k.device), width, k.dtype, batch, self.block_h)
+        self.config = config or choose_config(tile.capability(k.device), max(dim, v_dim), k.dtype, batch, self.block_h)
         self.tiles = kv_heads * triton.cdiv(group, self.block_h)
         self.heads_p2 = min(triton.next_power_of_2(group), self.block_h)
-        self.max_members = max_members(workspace.q_heads, kv_heads)
-        """Requests of a group that ``update`` takes; 1 where none may share keys."""
         self.shares = max(self.config.programs * tile.processors(k.device) // self.tiles, 1)
-        values = self.heads_p2 * tile.block_dim(workspace.v_head_dim)
+        values = self.heads_p2 * v_dim
         at_once = self.shares * values <= VALUES_AT_ONCE
         self.parts_at_a_time = max((VALUES_AT_ONCE if at_once else COMBINED_VALUES) // values, 1)
         self.combine_stages = 1 if at_once else COMBINE_STAGES
         # Of all members of a group one part at a time, with no more shared memory than the loop over keys has.
-        v_dim = tile.block_dim(workspace.v_head_dim)
-        under_way = (self.config.num_stages - 1) * self.config.block_n * (tile.block_dim(head_dim) + v_dim)
-        part_bytes = self.block_h * v_dim * 4
-        self.all_stages = min(1 + under_way * k.element_size() // part_bytes, COMBINE_STAGES)
+        loop_bytes = (self.config.num_stages - 1) * self.config.block_n * (dim + v_dim) * k.element_size()
+        part_bytes = self.block_h * v_dim * workspace.partial.element_size()
+        self.all_stages = min(1 + loop_bytes // part_bytes, COMBINE_STAGES)
         if self.shares > workspace.max_shares:
             raise ValueError(
                 f"{kv_heads} kv heads need {self.shares} shares and the workspace has {workspace.max_shares}: make it "
                 f"with kv_heads={kv_heads}"
             )
-        room = workspace.lse.shape[0] // workspace.q_heads
-        few = batch > MAX_GROUPED or room < _num_slots(self.shares, self.max_members, batch)
-        if few or sliding_window > 0:
-            self.max_members = 1
+        members = max_members(workspace.q_heads, kv_heads)
+        has_room = workspace.lse.shape[0] // workspace.q_heads >= _num_slots(self.shares, members, batch)
+        self.max_members = members if batch <= MAX_GROUPED and has_room and sliding_window <= 0 else 1
+        """Requests of a group that ``update`` takes; 1 where none may share keys."""
         size = _HEADER + self.shares * (1 + _ITEM) + 2 * batch * _ITEM + batch * _PLACE
         self.table = torch.empty(size, dtype=torch.int32, device=k.device)
 

@@ -270,12 +270,12 @@ class VTensorAttnBackend(AttentionBackend):
         if self._workspace is None or self._max_members < 2 or batch_size > MAX_GROUPED:
             return None
         found = self.runtime.groups_of_launch(batch_size, self._max_members)
-        groups, copied = self._groups.get(batch_size, (None, None))
-        if groups is None:
-            groups = torch.empty(found.shape, dtype=torch.int32, device=self.device)
-        if copied is None or not np.array_equal(found, copied):
-            groups.copy_(self._pinned(found), non_blocking=True)
-            self._groups[batch_size] = groups, found
+        kept = self._groups.get(batch_size)
+        if kept is not None and np.array_equal(found, kept[1]):
+            return kept[0]
+        groups = torch.empty(found.shape, dtype=torch.int32, device=self.device) if kept is None else kept[0]
+        groups.copy_(self._pinned(found), non_blocking=True)
+        self._groups[batch_size] = groups, found
         return groups
 
     def _host_rows(self, batch_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -83,7 +83,6 @@ class Runtime:
         self.config = config
         self.dense_capacity = dense_capacity
         self._on_cuda = pool.driver.device.type == "cuda"
-        self._batch_rows: npt.NDArray[np.int32] | None = None
         self._batch_slots: npt.NDArray[np.int64] | None = None
         # As for any backend of SGLang's own, which is paged and knows no rows: none is mapped for it.
         self.can_read_homes = True
@@ -185,7 +184,7 @@ class Runtime:
             self._checker.check(batch)
         if self.policy.ranks is not None:
             self.policy.ranks.note(self.pool.epochs.launched + 1, *self._decided(batch))
-        self._batch_rows, self._batch_slots = self.pool.row_of_slot[slots], slots
+        self._batch_slots = slots
 
     def _decided(self, batch: Any) -> tuple[npt.NDArray[np.int64], ...]:
         """What all ranks must have decided alike for this launch. Page ids are not: each rank's driver has its say."""
@@ -195,7 +194,7 @@ class Runtime:
 
     def end_launch(self, batch: Any) -> None:
         """On the forward stream, behind the launch. Rows that will be worth it are mapped while the GPU computes."""
-        self._batch_rows = self._batch_slots = None
+        self._batch_slots = None
         self.launch_reads_homes = False
         if self._on_cuda:
             event = torch.cuda.Event()
@@ -251,7 +250,7 @@ class Runtime:
 
     def rows_of_launch(self) -> npt.NDArray[np.int32] | None:
         """Rows of the batch that is being launched; None in dummy and capture runs, which use the padding row."""
-        return self._batch_rows
+        return None if self._batch_slots is None else self.pool.row_of_slot[self._batch_slots]
 
     def groups_of_launch(self, batch_size: int, max_members: int) -> npt.NDArray[np.int32]:
         """[4, batch_size]: requests of the launch that begin with the same pages, as ``group_prefixes`` has them.
