@@ -24,6 +24,8 @@ MAX_HEADS_A_TILE = 64
 VALUES_AT_ONCE = 8192
 """Parts of no more values are combined in one go: 64 registers of a thread. 1 x 8192, in 16 parts of 512 values, takes
 18.3 us on an H200, 21.1 in a pipeline."""
+COMBINE_TURNS = 4
+"""Of few more parts, so many in each turn: 32 parts of 4 heads take less time so than in a pipeline."""
 COMBINED_VALUES = 1024
 """Of more parts, so many values at a time, in a pipeline of loads of COMBINE_STAGES: one program reads what another
 wrote, which takes a microsecond."""
@@ -31,6 +33,9 @@ COMBINE_STAGES = 8
 COMBINE_BLOCKS = 0.125
 """What that costs, in blocks of keys that a program reads. One request of 8192 tokens with one kv head, on an H200: in
 32 parts 13.0 us, in 64 15.1, in 16 14.6; 20.7 with loads of 8192 values one after the other."""
+ALONE_BLOCKS = 4
+"""Blocks that a share may be longer if none then holds parts of two items, which takes a program as long: 3 x 600 to
+2000 takes 13.3 us on an H200, 16.1 without; 8 x 8192 of which 4 share 7936 36.4 us, 44.8 without."""
 MAX_GROUPED = 128
 """Requests of a batch that may share keys: each needs room for a part of its own."""
 _ITEM = 8
@@ -152,7 +157,7 @@ class DecodeSchedule:
         self.heads_p2 = min(triton.next_power_of_2(group), self.block_h)
         self.shares = max(self.config.programs * tile.processors(k.device) // self.tiles, 1)
         values = self.heads_p2 * v_dim
-        at_once = self.shares * values <= VALUES_AT_ONCE
+        at_once = self.shares * values <= COMBINE_TURNS * VALUES_AT_ONCE
         self.parts_at_a_time = max((VALUES_AT_ONCE if at_once else COMBINED_VALUES) // values, 1)
         self.combine_stages = 1 if at_once else COMBINE_STAGES
         # Of all members of a group one part at a time, with no more shared memory than the loop over keys has.
@@ -194,6 +199,7 @@ class DecodeSchedule:
             MIN_BLOCKS=triton.cdiv(self.config.min_tokens, self.config.block_n),
             PARTS_AT_A_TIME=self.parts_at_a_time,
             COMBINE_BLOCKS=COMBINE_BLOCKS,
+            ALONE_BLOCKS=ALONE_BLOCKS,
             BLOCK_B=tile.block_batch(self.batch),
             HAS_WINDOW=self.sliding_window > 0,
             HEADER=_HEADER,
@@ -226,6 +232,7 @@ def _schedule_kernel(
     MIN_BLOCKS: tl.constexpr,
     PARTS_AT_A_TIME: tl.constexpr,
     COMBINE_BLOCKS: tl.constexpr,
+    ALONE_BLOCKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HEADER: tl.constexpr,
@@ -253,17 +260,28 @@ def _schedule_kernel(
     first_own = tl.where(shared > 0, shared, _first_block(kv_len, window, BLOCK_N, HAS_WINDOW))
     own = tl.where(inside, tl.maximum(tl.cdiv(kv_len, BLOCK_N) - first_own, 1), 0)
     of_group = tl.where(members > 0, shared, 0)
-    own_end = tl.cumsum(of_group + own, 0)
-    own_begin = own_end - own
-    group_begin = own_begin - of_group
-    share = tl.maximum(tl.cdiv(tl.sum(of_group + own, 0), tl.num_programs(0)), MIN_BLOCKS)
+    total = tl.sum(of_group + own, 0)
     # One program combines a request's parts: of few kv heads a long request would have so many that this takes longer
     # than to read the keys. s blocks a share, and combining ceil(blocks / s) parts, are shortest together at the root.
     most = tl.maximum(tl.max(own, 0), tl.max(of_group, 0))
-    share = tl.maximum(share, tl.sqrt(most * (COMBINE_BLOCKS / PARTS_AT_A_TIME)).to(tl.int32))
+    least = tl.maximum(tl.sqrt(most * (COMBINE_BLOCKS / PARTS_AT_A_TIME)).to(tl.int32), MIN_BLOCKS)
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), least)
+    # Where shares that are hardly longer hold one item each, an item begins at a multiple of a share.
+    alone = share * 0
+    for more in tl.static_range(ALONE_BLOCKS, -1, -1):
+        num_parts = tl.sum(tl.cdiv(own, share + more) + tl.cdiv(of_group, share + more), 0)
+        alone = tl.where(num_parts <= tl.num_programs(0), share + more, alone)
+    share = tl.where(alone > 0, alone, share)
+    step = tl.where(alone > 0, alone, 1)
+    own_room = tl.cdiv(own, step) * step
+    group_room = tl.cdiv(of_group, step) * step
+    own_begin = tl.cumsum(group_room + own_room, 0) - own_room
+    own_end = own_begin + own
+    group_begin = own_begin - group_room
+    group_end = group_begin + of_group
 
     own_parts = (own_end - 1) // share - own_begin // share + 1
-    group_parts = tl.where(of_group > 0, (own_begin - 1) // share - group_begin // share + 1, 0)
+    group_parts = tl.where(of_group > 0, (group_end - 1) // share - group_begin // share + 1, 0)
     has_slots = (own_parts > 1) | (shared > 0)
     own_slots = tl.where(inside & has_slots, own_parts, 0)
     own_slot = tl.cumsum(group_parts * members + own_slots, 0) - own_slots
@@ -276,7 +294,7 @@ def _schedule_kernel(
     index = tl.program_id(0)
     begin = index * share
     item = tl.sum(tl.where(inside & (own_end <= begin), in_items + 1, 0), 0)
-    item += tl.sum(tl.where((of_group > 0) & (own_begin <= begin) & (own_end > begin), 1, 0), 0)
+    item += tl.sum(tl.where((of_group > 0) & (group_end <= begin) & (own_end > begin), 1, 0), 0)
     record = table_ptr + HEADER + index * (1 + ITEM)
     tl.store(record, item)
     items = table_ptr + HEADER + tl.num_programs(0) * (1 + ITEM)
@@ -285,7 +303,7 @@ def _schedule_kernel(
         inside & (own_item == item),
     )  # fmt: skip
     _store_item(
-        record + 1 + position * 0, group_begin, own_begin, position * 0, position, members, group_slot, row,
+        record + 1 + position * 0, group_begin, group_end, position * 0, position, members, group_slot, row,
         shared * BLOCK_N, (of_group > 0) & (own_item - 1 == item),
     )  # fmt: skip
     if index == 0:
@@ -296,7 +314,7 @@ def _schedule_kernel(
             inside,
         )  # fmt: skip
         _store_item(
-            items + (own_item - 1) * ITEM, group_begin, own_begin, position * 0, position, members, group_slot, row,
+            items + (own_item - 1) * ITEM, group_begin, group_end, position * 0, position, members, group_slot, row,
             shared * BLOCK_N, of_group > 0,
         )  # fmt: skip
         if groups_ptr is not None:  # what stands at the beginning of the group
@@ -490,7 +508,7 @@ def _decode_kernel(
                         Q_HEADS, V_DIM, BLOCK_DV, BLOCK_H, 1, ALL_STAGES, HAS_SINKS,
                     )  # fmt: skip
             tl.store(arrivals, 0, mask=complete > 0)
-        block = stop
+        block = tl.maximum(stop, next_begin)  # between them there may be blocks of nobody
         begin = next_begin
         end = next_end
         first = next_first
@@ -670,9 +688,11 @@ def decode_attention(
 def choose_config(capability: int, width: int, dtype: torch.dtype, batch: int, block_h: int) -> DecodeConfig:
     """Tile sizes for a device (90 = sm_90, 0 = interpreter), the widest head, requests, and query heads in a tile.
 
-    From ``bench/sweep.py decode``. Few long requests are read fastest by one program a processor (1 x 8192 on an H100:
-    19.4 us, 22.3 with two) that has four blocks under way (1 x 131072 on an H200: 139.5 us, 144 with three), many
-    requests by four (64 x 2048: 184.4 us, 189.9 with two); a share of 128 tokens is worth a program (1 x 1024: 9.0 us,
+    From ``bench/sweep.py decode``. Few requests are read fastest by one program a processor (1 x 8192 on an H100:
+    19.4 us, 22.3 with two) that has four blocks under way (1 x 131072 on an H200: 139.5 us, 144 with three). Of more,
+    whose lengths differ, one program reads while the other one ends an item (16 x 1500 to 16000 on an H200: 160 us, 169
+    with one; 16 x 4096, of which no share holds two, 73 and 70). Many requests take four (64 x 2048 on an H100: 184.4
+    us, 189.9 with two); a share of 128 tokens is worth a program (1 x 1024: 9.0 us,
     10.9 with 256). Of heads of 64 a block of 128 tokens is as many bytes (16 x 4096: 40.8 us, 53.7 with 64 tokens and
     one program). ``programs`` is no part of what is compiled.
     """
@@ -689,7 +709,7 @@ def choose_config(capability: int, width: int, dtype: torch.dtype, batch: int, b
     if width <= 64 and block_h == 16:  # of more heads the scores of 128 keys would not fit into registers
         programs = 2 if batch < 64 else 4
         return DecodeConfig(block_n=128, num_warps=4, num_stages=stages, min_tokens=128, programs=programs)
-    if batch <= 16 and not tile.has_little_shared(capability):
+    if batch <= 4 and not tile.has_little_shared(capability):
         return DecodeConfig(block_n=64, num_warps=4, num_stages=4, min_tokens=128, programs=1)
-    programs = 1 if batch <= 16 else 2 if batch < 64 else 4
+    programs = 1 if batch <= 4 else 2 if batch < 64 else 4
     return DecodeConfig(block_n=64, num_warps=4, num_stages=stages, min_tokens=128, programs=programs)

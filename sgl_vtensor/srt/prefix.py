@@ -26,6 +26,10 @@ NO_TOKEN = -1
 """Stands behind the last token of a page that is not full. ``check_prompt`` lets no prompt have it, so a match ends
 there: what lies behind are another request's bytes."""
 
+FRESH_SHARE = 1 / 16
+"""A page that is not full keeps its turn until the tree has been given so many of the pool's pages: chats that go on at
+once find it. With none of it chats of 16k tokens, three times what the pool holds, find 83.8% of their prompts, 84.5%
+with it; with an eighth questions that come again find 90% in a pool that lacks 5%, 97% with a sixteenth."""
 
 Line = list[tuple[float, int, TreeNode]]
 """A heap of leaves: the time of a last use, a number, and the leaf."""
@@ -34,13 +38,15 @@ Line = list[tuple[float, int, TreeNode]]
 class PageRun:
     """What a node holds in place of a tensor of slots: whole pages, sliced in tokens as the base class does."""
 
-    __slots__ = ("page_tokens", "pages", "slots")
+    __slots__ = ("given_before", "page_tokens", "pages", "slots")
 
     def __init__(self, pages: list[int], page_tokens: int, slots: torch.Tensor | None = None) -> None:
         self.pages = pages
         self.page_tokens = page_tokens
         self.slots = slots
         """[tokens] int64 on the device, made when a hit first asks for it; SGLang only reads it."""
+        self.given_before: int | None = None
+        """Of a page that is not full: how many pages the tree had been given before it."""
 
     def __len__(self) -> int:
         return len(self.pages) * self.page_tokens
@@ -60,7 +66,8 @@ class VTensorRadixCache(RadixCache):
     """Which prefixes are kept, and for how long, is SGLang's to decide; who owns which page is ours to record.
 
     A page that is not full, the last of a request, is one leaf. It costs as much as a full one and saves less to
-    compute, so it goes before any of those; and at once when the tree has a page that begins with the same tokens.
+    compute, so it goes before any of those, unless it is fresh; and at once when the tree has a page that begins with
+    the same tokens.
 
     A page belongs to exactly one of: the free pages, one node, or one request (behind ``cache_protected_len``).
 
@@ -82,6 +89,7 @@ class VTensorRadixCache(RadixCache):
         self._by_age: Line = []
         self._aging: set[TreeNode] = set()
         self._num_dropped = 0
+        self._num_given = 0
         self._arrivals = count()
         super().reset()
         num_pages = self.token_to_kv_pool_allocator.size // self.page_size
@@ -149,7 +157,9 @@ class VTensorRadixCache(RadixCache):
     ) -> tuple[int, TreeNode]:
         matched, node = super()._insert_helper(above, key, value, *args, **kwargs)
         if matched < len(key):
-            self.is_cached[value.pages[matched // self.page_size :]] = True
+            new = value.pages[matched // self.page_size :]
+            self.is_cached[new] = True
+            self._num_given += len(new)
             self.num_nodes += 1
         if node is not self.root_node:
             siblings, page = self._siblings(node), self._first_page(node)
@@ -212,7 +222,11 @@ class VTensorRadixCache(RadixCache):
 
     def _push(self, leaf: TreeNode) -> None:
         self._aging.add(leaf)
-        line = self._tails if leaf.key.token_ids[-1] == NO_TOKEN else self._by_age
+        line = self._by_age
+        if leaf.key.token_ids[-1] == NO_TOKEN:
+            line = self._tails
+            if leaf.value.given_before is None:
+                leaf.value.given_before = self._num_given
         heappush(line, (leaf.last_access_time, next(self._arrivals), leaf))
 
     def _oldest(self, line: Line) -> TreeNode | None:
@@ -250,7 +264,7 @@ class VTensorRadixCache(RadixCache):
         return len(leaf.value)
 
     def evict(self, params: EvictParams) -> EvictResult:
-        """The least recently used leaves, of which those go first that hold few tokens in a whole page."""
+        """The least recently used leaves, of which those go first that hold few tokens in a whole page for a while."""
         if self.disable or not self._is_lru:
             return super().evict(params)
         return EvictResult(num_tokens_evicted=self._evict_leaves(params.num_tokens, by_age=False))
@@ -279,13 +293,20 @@ class VTensorRadixCache(RadixCache):
         return self._evict_leaves(num_tokens, by_age=True) // self.page_size
 
     def _evict_leaves(self, num_tokens: int, *, by_age: bool) -> int:
-        """By their age, or pages that are not full first; returns how many tokens went."""
+        """By their age, or pages that are not full nor fresh first; returns how many tokens went."""
         start, evicted = time.perf_counter(), 0
         while evicted < num_tokens and (lines := [line for line in (self._tails, self._by_age) if self._oldest(line)]):
-            line = min(lines, key=lambda line: line[0]) if by_age else lines[0]
+            line = min(lines, key=lambda line: line[0])
+            if not by_age and lines[0] is self._tails and not self._is_fresh(self._tails[0][2]):
+                line = self._tails
             evicted += self._evict_leaf(self._pop(line))
         self.update_eviction_metrics(evicted, start)
         return evicted
+
+    def _is_fresh(self, tail: TreeNode) -> bool:
+        """Whether a chat may come back to its last page soon: by what all ranks count alike, which no time is."""
+        given: int = self._num_given - tail.value.given_before
+        return given < FRESH_SHARE * len(self.is_cached)
 
     @property
     def pool(self) -> Any:

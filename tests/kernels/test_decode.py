@@ -258,6 +258,31 @@ def test_one_request_is_cut_so_that_reading_and_combining_are_short_together(
     assert cost(int(schedule.table[0])) <= 1.25 * min(map(cost, range(least, blocks + 1)))
 
 
+@pytest.mark.parametrize(
+    ("kv_lens", "share"),
+    [([1024] * 8, 4), ([1024, 1000, 961] * 4, 8), ([600, 1300, 2000], 2), ([64] * 33, 1), ([4000, 2100, 70] * 5, None)],
+)
+def test_a_share_holds_one_item_where_it_is_hardly_longer_then(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, kv_lens: list[int], share: int | None
+) -> None:
+    """And where it would be much longer, the keys are cut evenly, whoever they belong to."""
+    monkeypatch.setattr(tile, "processors", lambda device: 132)
+    batch = len(kv_lens)
+    k = torch.empty(1, 64, 8, 128, device=device)
+    config = decode.DecodeConfig(block_n=64, num_warps=4, num_stages=1, min_tokens=64, programs=2)
+    schedule = DecodeSchedule(DecodeWorkspace(batch, 32, 128, device, kv_heads=8), k, batch, config=config)
+    lengths = torch.tensor(kv_lens, dtype=torch.int32, device=device)
+    schedule.update(torch.arange(batch, dtype=torch.int32, device=device), lengths)
+    items = schedule.table[decode._HEADER + schedule.shares * (1 + decode._ITEM) :].cpu()
+    begins, ends = items[: batch * decode._ITEM].view(batch, decode._ITEM)[:, :2].T
+    blocks = [-(-length // 64) for length in kv_lens]
+    assert (ends - begins).tolist() == blocks
+    if share is None:
+        assert schedule.table[0] == -(-sum(blocks) // schedule.shares) and begins[1:].equal(ends[:-1])
+    else:
+        assert schedule.table[0] == share and not (begins % share).any() and ends[-1] <= schedule.shares * share
+
+
 def test_one_schedule_serves_all_layers(device: torch.device) -> None:
     """Made before the lengths are known, updated once, used twice; and refused where it would be wrong."""
     case = decode_case(device, [1500, 1, 69], sliding_window=300)

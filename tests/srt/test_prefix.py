@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sgl_vtensor.core.layout import plan_layout
 from sgl_vtensor.core.pages import Pages
 from sgl_vtensor.core.pool import VTensorPool
+from sgl_vtensor.srt import prefix
 from sgl_vtensor.srt.allocator import VTensorAllocator
 from sgl_vtensor.srt.prefix import NO_TOKEN, PageRun, VTensorRadixCache
 from sgl_vtensor.vmm.host import HostDriver
@@ -502,7 +503,10 @@ def test_no_page_is_the_beginning_of_another(seed: int, served: Served) -> None:
         served.check()
 
 
-def test_a_page_that_is_not_full_goes_first_and_by_its_age_as_any_other(served: Served) -> None:
+def test_a_page_that_is_not_full_goes_first_and_by_its_age_as_any_other(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix, "FRESH_SHARE", 0)
     ended(served, [1] * 8)
     ended(served, [2] * 4)
     middle = time.monotonic()
@@ -514,6 +518,23 @@ def test_a_page_that_is_not_full_goes_first_and_by_its_age_as_any_other(served: 
     assert served.cache.evict_oldest(2) == 2
     assert kept(served) == [[2] * 4, [3] * 4, [4] * 6]
     assert served.cache.evict_oldest(3) == 3 and kept(served) == [[4] * 4]
+
+
+def test_a_fresh_page_that_is_not_full_waits_for_its_chat(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the tree has been given four pages, itself among them. Whoever copies from it does not renew that."""
+    monkeypatch.setattr(prefix, "FRESH_SHARE", 4 / len(served.cache.is_cached))
+    ended(served, [1] * 4)
+    ended(served, [2] * 6)
+    served.cache.evict(EvictParams(num_tokens=1))
+    assert kept(served) == [[2] * 6], "the oldest"
+    ended(served, [3] * 8)
+    served.start([2] * 6 + [1])
+    served.end(served.running[0], keep=False)
+    served.cache.evict(EvictParams(num_tokens=1))
+    assert kept(served) == [[2] * 6], "it was used since"
+    ended(served, [4] * 4)
+    served.cache.evict(EvictParams(num_tokens=1))
+    assert kept(served) == [[2] * 4, [4] * 4]
 
 
 def test_a_hit_inside_the_first_page_counts_as_a_use(served: Served) -> None:
