@@ -155,15 +155,15 @@ TABLE = {
 }
 
 
-def _parsed(text: str) -> tuple[str, int, float]:
-    """NAME, NAME@USERS or NAME~RATE: its name, how many users at a time, and how many come a second; 0: not said."""
-    found = re.fullmatch(r"(?P<name>[^@~]+)(@(?P<users>\d+)|~(?P<rate>\d+(\.\d+)?))?", text)
+def _parsed(text: str) -> tuple[str, int, int, float]:
+    """NAME, NAME:SESSIONS, and @USERS or ~RATE behind either: the name and these numbers; 0: not said."""
+    found = re.fullmatch(r"(?P<name>[^:@~]+)(:(?P<sessions>\d+))?(@(?P<users>\d+)|~(?P<rate>\d+(\.\d+)?))?", text)
     if not found:
         raise ValueError(text)
-    users, rate = found["users"], found["rate"]
-    if found["name"] not in TABLE or (users and not int(users)) or (rate and not float(rate)):
+    sessions, users, rate = found["sessions"], found["users"], found["rate"]
+    if found["name"] not in TABLE or any(said and not float(said) for said in (sessions, users, rate)):
         raise ValueError(text)
-    return found["name"], int(users or 0), float(rate or 0)
+    return found["name"], int(sessions or 0), int(users or 0), float(rate or 0)
 
 
 def asked_name(text: str) -> str:
@@ -172,16 +172,17 @@ def asked_name(text: str) -> str:
         _parsed(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no workload; say NAME, NAME@USERS or NAME~RATE with one of {', '.join(sorted(TABLE))}"
+            f"{text!r} is no workload; say NAME, NAME:SESSIONS, NAME@USERS or NAME~RATE with one of "
+            f"{', '.join(sorted(TABLE))}"
         ) from None
     return text
 
 
 def asked(text: str, seed: int, *, scale: float) -> Workload:
     """The workload of a name that a command line took."""
-    name, users, rate = _parsed(text)
-    built = build(name, seed, scale=scale, users=users, rate=rate)
-    return replace(built, name=text) if rate else built
+    name, sessions, users, rate = _parsed(text)
+    built = build(name, seed, scale=scale, sessions=sessions, users=users, rate=rate)
+    return replace(built, name=text) if rate else replace(built, name=text.partition("@")[0])
 
 
 def build(
@@ -193,6 +194,7 @@ def build(
     think_s: float = 0.0,
     rate: float = 0.0,
     users: int = 0,
+    sessions: int = 0,
 ) -> Workload:
     """One workload of the table, or of a kind that is not in it.
 
@@ -201,6 +203,7 @@ def build(
         think_s: mean time between an answer and the next question of its user, in seconds; exponential.
         rate: sessions a second, Poisson (open loop); 0: closed loop.
         users: in place of the table's number of users in a closed loop.
+        sessions: in place of the table's number of conversations.
 
     Raises:
         KeyError: no such name.
@@ -217,8 +220,8 @@ def build(
 
     groups = number(kind.groups)
     systems = [_content(draw, tokens(kind.system), text) for _ in range(groups)]
-    sessions, start_s = [], 0.0
-    for index in range(max(number(kind.sessions), users)):
+    all_sessions, start_s = [], 0.0
+    for index in range(sessions or max(number(kind.sessions), users)):
         turns = []
         for turn in range(kind.turns or kind.trace.turns(draw)):
             question = tokens(kind.question or kind.trace.question(draw))
@@ -233,11 +236,11 @@ def build(
                 )
             )
         start_s += draw.expovariate(rate) if rate else 0.0
-        sessions.append(Session(index, index % groups, systems[index % groups], tuple(turns), start_s))
-    if kind.groups > 1 and len(sessions) > groups:
-        draw.shuffle(sessions)
-    at_once = 0 if rate else min(users or number(kind.users), len(sessions))
-    return Workload(name, tuple(sessions), at_once, kind.in_waves and not rate)
+        all_sessions.append(Session(index, index % groups, systems[index % groups], tuple(turns), start_s))
+    if kind.groups > 1 and len(all_sessions) > groups:
+        draw.shuffle(all_sessions)
+    at_once = 0 if rate else min(users or number(kind.users), len(all_sessions))
+    return Workload(name, tuple(all_sessions), at_once, kind.in_waves and not rate)
 
 
 @dataclass(frozen=True)

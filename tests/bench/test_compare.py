@@ -202,12 +202,35 @@ def test_plots_hold_every_point_inside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["sprint", "single@", "single@0", "single@two", "@2", "single~", "single~0", "single~-1", "single~x", "single@2~3"],
+    [
+        "sprint",
+        "single@",
+        "single@0",
+        "single@two",
+        "@2",
+        "single~",
+        "single~0",
+        "single~-1",
+        "single~x",
+        "single@2~3",
+        "single:0",
+    ]
+    + ["single:x", "single@2:3"],
 )
 def test_a_workload_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     with pytest.raises(SystemExit):
         compare.main(["--workload", name, f"--out={tmp_path}"])
-    assert f"{name!r} is no workload; say NAME, NAME@USERS or NAME~RATE" in capsys.readouterr().err
+    assert f"{name!r} is no workload; say NAME, NAME:SESSIONS, NAME@USERS or NAME~RATE" in capsys.readouterr().err
+
+
+def test_a_workload_may_have_other_numbers() -> None:
+    def asked(name: str) -> tuple[str, int, int]:
+        workload = workloads.asked(name, 1, scale=0.1)
+        return workload.name, len(workload.sessions), workload.users
+
+    assert asked("agent:3") == ("agent:3", 3, 3) and asked("agent:9@2") == ("agent:9", 9, 2)
+    assert asked("agent:3~2.5") == ("agent:3~2.5", 3, 0) and asked("agent@7") == ("agent", 7, 7)
+    assert workloads.asked("gsp:9", 1, scale=0.1).in_waves == workloads.asked("gsp", 1, scale=0.1).in_waves
 
 
 def test_a_server_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
