@@ -200,7 +200,7 @@ def test_plots_hold_every_point_inside(tmp_path: Path) -> None:
     assert not (tmp_path / "none.svg").exists()
 
 
-@pytest.mark.parametrize("rest", "@ @0 @two ~ ~0 ~-1 ~x @2~3 : :0 :x @2:3".split())
+@pytest.mark.parametrize("rest", ["@", "@0", "@two", "~", "~0", "~-1", "~x", "@2~3", ":", ":0", ":x", "@2:3"])
 @pytest.mark.parametrize("name", ["single", "sprint"])
 def test_a_workload_that_is_none_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, rest: str
