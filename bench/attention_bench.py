@@ -91,6 +91,13 @@ def chat(batch: int, *, decode: bool, seed: int = 0) -> Shape:
     return Shape(tuple(prefixes), tuple(news), label="chat")
 
 
+def uneven(batch: int, least: int, most: int, seed: int = 1) -> Shape:
+    """Decode of requests whose lengths lie evenly between: a server's batches are like this, and cut otherwise."""
+    draw = random.Random(seed)
+    lengths = tuple(draw.randrange(least, most) for _ in range(batch))
+    return Shape(lengths, (1,) * batch, label=f"{least} to {most}")
+
+
 class Memory:
     """Physical pages mapped twice, as the plugin does it: at home in their own order, in a window in a shuffled one.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from attention_bench import Call, Inputs, Shape, arguments, chat, equal, measure
+from attention_bench import Call, Inputs, Shape, arguments, chat, equal, measure, uneven
 from bench_prefill import fa3_layered, fa3_paged, fa3_view, flashinfer_pages
 from vtensor_kernels import DecodeSchedule, DecodeWorkspace, Pages, decode_attention, max_members
 
@@ -18,6 +18,10 @@ GRID = [
     equal(1, 131071, 1),
     chat(32, decode=True),
     chat(128, decode=True),
+    uneven(16, 1500, 16000),
+    uneven(8, 600, 2000),
+    uneven(4, 2000, 6000),
+    uneven(8, 32500, 34500),
     equal(1, 1023, 1),
     equal(8, 16383, 1),
     equal(256, 127, 1),

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from attention_bench import Call, Inputs, Make, Memory, Shape, chat, checked_calls, equal, microseconds
+from attention_bench import Call, Inputs, Make, Memory, Shape, chat, checked_calls, equal, microseconds, uneven
 from bench_prefill import fa3_paged, fa3_view
 from vtensor_kernels import DecodeSchedule, DecodeWorkspace, decode_attention, prefill_attention, prefill_schedule
 from vtensor_kernels import decode as decode_module
@@ -30,6 +30,9 @@ DECODE_SHAPES = [
     equal(1, 8191, 1),
     equal(32, 8191, 1),
     chat(32, decode=True),
+    uneven(16, 1500, 16000),
+    uneven(4, 2000, 6000),
+    uneven(8, 600, 2000),
     equal(8, 4095, 1),
     equal(64, 2047, 1),
     equal(1, 131071, 1),
