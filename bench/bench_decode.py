@@ -139,7 +139,7 @@ def flashinfer_paged(inputs: Inputs, shape: Shape) -> Call:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True
+        torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True, backend="fa2"
     )
     wrapper.plan(
         inputs.kv_indptr, *flashinfer_pages(inputs), shape.q_heads, shape.kv_heads, shape.head_dim, 1,

@@ -188,10 +188,15 @@ def fa3_layered(inputs: Inputs, shape: Shape) -> Call:
 
 
 def flashinfer_paged(inputs: Inputs, shape: Shape) -> Call:
-    """On the stock pools, page 1. It compiles its kernels at the first call, and plans on the host, untimed."""
+    """On the stock pools, page 1, as SGLang's ``flashinfer`` backend has it.
+
+    It compiles its kernels at the first call, and plans on the host, untimed.
+    """
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-    wrapper = BatchPrefillWithPagedKVCacheWrapper(torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), "NHD")
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(
+        torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), "NHD", backend="fa2"
+    )
     wrapper.plan(
         inputs.qo_indptr, inputs.kv_indptr, *flashinfer_pages(inputs), shape.q_heads, shape.kv_heads, shape.head_dim, 1,
         causal=True, sm_scale=inputs.sm_scale, q_data_type=inputs.q.dtype, kv_data_type=inputs.q.dtype,
