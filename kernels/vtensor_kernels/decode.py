@@ -36,6 +36,10 @@ COMBINE_BLOCKS = 0.125
 ALONE_BLOCKS = 4
 """Blocks that a share may be longer if none then holds parts of two items, which takes a program as long: 3 x 600 to
 2000 takes 13.3 us on an H200, 16.1 without; 8 x 8192 of which 4 share 7936 36.4 us, 44.8 without."""
+FEW = 4
+"""Most requests that one program a processor decodes."""
+MANY = 64
+"""Fewest requests that four do."""
 MAX_GROUPED = 128
 """Requests of a batch that may share keys: each needs room for a part of its own."""
 _ITEM = 8
@@ -707,9 +711,14 @@ def choose_config(capability: int, width: int, dtype: torch.dtype, batch: int, b
     if capability < 90:
         return DecodeConfig(block_n=64, num_warps=4, num_stages=stages, min_tokens=128)
     if width <= 64 and block_h == 16:  # of more heads the scores of 128 keys would not fit into registers
-        programs = 2 if batch < 64 else 4
+        programs = 2 if batch < MANY else 4
         return DecodeConfig(block_n=128, num_warps=4, num_stages=stages, min_tokens=128, programs=programs)
-    if batch <= 4 and not tile.has_little_shared(capability):
+    if batch <= FEW and not tile.has_little_shared(capability):
         return DecodeConfig(block_n=64, num_warps=4, num_stages=4, min_tokens=128, programs=1)
-    programs = 1 if batch <= 4 else 2 if batch < 64 else 4
+    programs = 1 if batch <= FEW else 2 if batch < MANY else 4
     return DecodeConfig(block_n=64, num_warps=4, num_stages=stages, min_tokens=128, programs=programs)
+
+
+def first_batches(max_batch: int) -> list[int]:
+    """The fewest requests for each variant that ``decode_attention`` compiles, up to ``max_batch``."""
+    return [batch for batch in sorted({*tile.batch_blocks(max_batch), FEW + 1, MANY}) if batch <= max_batch]

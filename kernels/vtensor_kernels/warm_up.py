@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vtensor_kernels import tile
-from vtensor_kernels.decode import DecodeSchedule, DecodeWorkspace, decode_attention
+from vtensor_kernels.decode import DecodeSchedule, DecodeWorkspace, decode_attention, first_batches
 from vtensor_kernels.prefill import PrefillConfig, prefill_attention, tile_configs
 
 _MAX_THREADS = 8
@@ -72,9 +72,9 @@ def _launches(
     """One call for each size of batch that is compiled for, and each size of tile; and with keys that are split."""
     decode_options = {name: value for name, value in options.items() if name != "causal"} | {"pages": pages}
     configs = dict.fromkeys(tile_configs(tile.capability(k.device), k.shape[3], v.shape[3], dtype))
+    for batch in first_batches(workspace.max_batch) if options.get("causal", True) else ():
+        yield functools.partial(_decode, k, v, dtype, workspace, decode_options, batch)
     for batch in tile.batch_blocks(workspace.max_batch):
-        if options.get("causal", True):
-            yield functools.partial(_decode, k, v, dtype, workspace, decode_options, batch)
         for config in configs if pages is None else ():
             for splits in (1, 2):
                 fixed = dataclasses.replace(config, splits=splits)

@@ -63,7 +63,7 @@ def decode(
 @st.composite
 def news(draw: st.DrawFn) -> list[int]:
     """New tokens of each request of a pass: none to 8 192 in all, and few or many of each."""
-    batch = draw(st.sampled_from([1, 2, 15, 16, 17, 64, 127, 128, 129, MAX_BATCH]) | st.integers(1, MAX_BATCH))
+    batch = draw(st.sampled_from([1, 4, 5, 15, 16, 17, 63, 64, 127, 128, 129, MAX_BATCH]) | st.integers(1, MAX_BATCH))
     most = draw(st.sampled_from([1, 2, 7, 8, 9, 15, 16, 17, 64, 65, 512, MAX_NEW]) | st.integers(1, MAX_NEW))
     most = max(min(most, MAX_NEW // batch), 1)
     return draw(st.lists(st.integers(0, most), min_size=batch, max_size=batch)) if batch < 20 else [most] * batch
@@ -97,7 +97,7 @@ def test_serving_needs_no_variant_that_warming_up_has_not_made(
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "gpt-oss-20b"])
-@pytest.mark.parametrize("batch", [1, 15, 16, 17, 64, 128, 129, MAX_BATCH])
+@pytest.mark.parametrize("batch", [1, 4, 5, 16, 17, 63, 64, 128, 129, MAX_BATCH])
 def test_decoding_pages_needs_none_either(name: str, batch: int) -> None:
     model = MODELS[name]
     keys, pages = homes(model)
