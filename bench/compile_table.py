@@ -55,6 +55,7 @@ MODELS = {
     "llama-8b fp16": Model(32, 8, 128, torch.float16),
     "llama-8b e4m3": Model(32, 8, 128, kv_dtype=torch.float8_e4m3fn),
     "llama-8b e5m2": Model(32, 8, 128, kv_dtype=torch.float8_e5m2),
+    "llama-70b": Model(64, 8, 128),
     "llama-70b, 8 GPUs": Model(8, 1, 128),
     "llama-1b": Model(32, 8, 64),
     "phi-2": Model(32, 32, 80),

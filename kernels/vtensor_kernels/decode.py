@@ -270,22 +270,22 @@ def _schedule_kernel(
     most = tl.maximum(tl.max(own, 0), tl.max(of_group, 0))
     least = tl.maximum(tl.sqrt(most * (COMBINE_BLOCKS / PARTS_AT_A_TIME)).to(tl.int32), MIN_BLOCKS)
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), least)
-    # Where shares that are hardly longer hold one item each, an item begins at a multiple of a share.
+    # Where shares that are hardly longer hold one item each, an item begins at a multiple of a share, and what is left of
+    # its last share is empty.
     alone = share * 0
     for more in tl.static_range(ALONE_BLOCKS, -1, -1):
         num_parts = tl.sum(tl.cdiv(own, share + more) + tl.cdiv(of_group, share + more), 0)
         alone = tl.where(num_parts <= tl.num_programs(0), share + more, alone)
     share = tl.where(alone > 0, alone, share)
     step = tl.where(alone > 0, alone, 1)
-    own_room = tl.cdiv(own, step) * step
-    group_room = tl.cdiv(of_group, step) * step
-    own_begin = tl.cumsum(group_room + own_room, 0) - own_room
-    own_end = own_begin + own
-    group_begin = own_begin - group_room
-    group_end = group_begin + of_group
+    own = tl.cdiv(own, step) * step
+    of_group = tl.cdiv(of_group, step) * step
+    own_end = tl.cumsum(of_group + own, 0)
+    own_begin = own_end - own
+    group_begin = own_begin - of_group
 
     own_parts = (own_end - 1) // share - own_begin // share + 1
-    group_parts = tl.where(of_group > 0, (group_end - 1) // share - group_begin // share + 1, 0)
+    group_parts = tl.where(of_group > 0, (own_begin - 1) // share - group_begin // share + 1, 0)
     has_slots = (own_parts > 1) | (shared > 0)
     own_slots = tl.where(inside & has_slots, own_parts, 0)
     own_slot = tl.cumsum(group_parts * members + own_slots, 0) - own_slots
@@ -298,7 +298,7 @@ def _schedule_kernel(
     index = tl.program_id(0)
     begin = index * share
     item = tl.sum(tl.where(inside & (own_end <= begin), in_items + 1, 0), 0)
-    item += tl.sum(tl.where((of_group > 0) & (group_end <= begin) & (own_end > begin), 1, 0), 0)
+    item += tl.sum(tl.where((of_group > 0) & (own_begin <= begin) & (own_end > begin), 1, 0), 0)
     record = table_ptr + HEADER + index * (1 + ITEM)
     tl.store(record, item)
     items = table_ptr + HEADER + tl.num_programs(0) * (1 + ITEM)
@@ -307,7 +307,7 @@ def _schedule_kernel(
         inside & (own_item == item),
     )  # fmt: skip
     _store_item(
-        record + 1 + position * 0, group_begin, group_end, position * 0, position, members, group_slot, row,
+        record + 1 + position * 0, group_begin, own_begin, position * 0, position, members, group_slot, row,
         shared * BLOCK_N, (of_group > 0) & (own_item - 1 == item),
     )  # fmt: skip
     if index == 0:
@@ -318,7 +318,7 @@ def _schedule_kernel(
             inside,
         )  # fmt: skip
         _store_item(
-            items + (own_item - 1) * ITEM, group_begin, group_end, position * 0, position, members, group_slot, row,
+            items + (own_item - 1) * ITEM, group_begin, own_begin, position * 0, position, members, group_slot, row,
             shared * BLOCK_N, of_group > 0,
         )  # fmt: skip
         if groups_ptr is not None:  # what stands at the beginning of the group
@@ -512,7 +512,7 @@ def _decode_kernel(
                         Q_HEADS, V_DIM, BLOCK_DV, BLOCK_H, 1, ALL_STAGES, HAS_SINKS,
                     )  # fmt: skip
             tl.store(arrivals, 0, mask=complete > 0)
-        block = tl.maximum(stop, next_begin)  # between them there may be blocks of nobody
+        block = stop
         begin = next_begin
         end = next_end
         first = next_first

@@ -69,7 +69,9 @@ def news(draw: st.DrawFn) -> list[int]:
     return draw(st.lists(st.integers(0, most), min_size=batch, max_size=batch)) if batch < 20 else [most] * batch
 
 
-@pytest.mark.parametrize("name", ["llama-8b", "llama-70b, 8 GPUs", "gemma-2-9b", "gpt-oss-20b", "falcon-7b"])
+@pytest.mark.parametrize(
+    "name", ["llama-8b", "llama-70b", "llama-70b, 8 GPUs", "gemma-2-9b", "gpt-oss-20b", "falcon-7b"]
+)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(new=news(), padding=st.integers(0, 40), longest=st.sampled_from([None, 1, 1024, 1025, 100_000]))

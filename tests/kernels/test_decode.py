@@ -260,7 +260,14 @@ def test_one_request_is_cut_so_that_reading_and_combining_are_short_together(
 
 @pytest.mark.parametrize(
     ("kv_lens", "share"),
-    [([1024] * 8, 4), ([1024, 1000, 961] * 4, 8), ([600, 1300, 2000], 2), ([64] * 33, 1), ([4000, 2100, 70] * 5, None)],
+    [
+        ([1024] * 8, 4),
+        ([1024, 1000, 961] * 4, 8),
+        ([600, 1300, 2000], 2),
+        ([64] * 33, 1),
+        ([1088] * 11, 6),
+        ([4000, 2100, 70] * 5, None),
+    ],
 )
 def test_a_share_holds_one_item_where_it_is_hardly_longer_then(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, kv_lens: list[int], share: int | None
@@ -276,11 +283,25 @@ def test_a_share_holds_one_item_where_it_is_hardly_longer_then(
     items = schedule.table[decode._HEADER + schedule.shares * (1 + decode._ITEM) :].cpu()
     begins, ends = items[: batch * decode._ITEM].view(batch, decode._ITEM)[:, :2].T
     blocks = [-(-length // 64) for length in kv_lens]
-    assert (ends - begins).tolist() == blocks
+    assert begins[0] == 0 and begins[1:].equal(ends[:-1])
     if share is None:
-        assert schedule.table[0] == -(-sum(blocks) // schedule.shares) and begins[1:].equal(ends[:-1])
+        assert schedule.table[0] == -(-sum(blocks) // schedule.shares) and (ends - begins).tolist() == blocks
     else:
-        assert schedule.table[0] == share and not (begins % share).any() and ends[-1] <= schedule.shares * share
+        assert (ends - begins).tolist() == [-(-length // share) * share for length in blocks]
+        assert schedule.table[0] == share and ends[-1] <= schedule.shares * share
+
+
+def test_what_a_group_shares_is_an_item_like_others(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an odd number of blocks, in shares of two."""
+    monkeypatch.setattr(tile, "processors", lambda device: 132)
+    k = torch.empty(1, 64, 8, 128, device=device)
+    config = decode.DecodeConfig(block_n=64, num_warps=4, num_stages=1, min_tokens=64, programs=2)
+    schedule = DecodeSchedule(DecodeWorkspace(4, 32, 128, device, kv_heads=8), k, 4, config=config)
+    rows, lengths = (torch.tensor(values, dtype=torch.int32, device=device) for values in (range(4), [1024] * 4))
+    groups = torch.tensor([[0, 1, 2, 3], [0] * 4, [4, 0, 0, 0], [448] * 4], dtype=torch.int32, device=device)
+    schedule.update(rows, lengths, groups)
+    items = schedule.table[decode._HEADER + schedule.shares * (1 + decode._ITEM) :].cpu()
+    assert items[: 5 * decode._ITEM].view(5, decode._ITEM)[:, 0].tolist() == [0, 8, 18, 28, 38]
 
 
 def test_one_schedule_serves_all_layers(device: torch.device) -> None:
