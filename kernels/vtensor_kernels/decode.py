@@ -270,7 +270,7 @@ def _schedule_kernel(
     most = tl.maximum(tl.max(own, 0), tl.max(of_group, 0))
     least = tl.maximum(tl.sqrt(most * (COMBINE_BLOCKS / PARTS_AT_A_TIME)).to(tl.int32), MIN_BLOCKS)
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), least)
-    # Where shares that are hardly longer hold one item each, items begin at multiples of a share, and what is left of an
+    # Where shares that are hardly longer hold one item each, items begin at multiples of a share. What is left of an
     # item's last one is empty.
     alone = share * 0
     for more in tl.static_range(ALONE_BLOCKS, -1, -1):
