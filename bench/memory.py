@@ -65,6 +65,8 @@ QUESTIONS = ("curve", "grow", "limit", "neighbour", "pair", "replicas", "killed"
 WATCH_SECONDS = 0.25
 BEFORE_SECONDS = 3.0
 """From when a load begins to what is done to it."""
+MOVES = 10
+"""How often the limit falls, and rises again."""
 FOLLOW_SECONDS = 10.0
 GONE_SECONDS = 180.0
 """SGLang's processes look for one another now and then only."""
@@ -219,7 +221,7 @@ class Questions:
             follows_s: list[float] = []
             with self.loaded(server, lambda seed: self.workload(32, sessions=96, seed=seed)) as loading:
                 time.sleep(BEFORE_SECONDS)
-                while len(follows_s) < 10 and not loading.done():
+                while len(follows_s) < MOVES and not loading.done():
                     self.set_limit(server, low)
                     follows_s.append(self._follow(watch, low))
                     time.sleep(0.5)
@@ -230,7 +232,7 @@ class Questions:
             self.results.add("limit lowered under load", name, "times", "1", [len(follows_s)])
             self.results.add("limit lowered under load", name, "memory follows after", "s", follows_s or [float("nan")])
             print(f"  {len(follows_s)} times; memory followed after {', '.join(f'{s:.2f}' for s in follows_s)} s")
-            self.failed |= len(follows_s) < 10
+            self.failed |= len(follows_s) < MOVES
             looks = [one for one in watch.looks if one.backed > one.limit + page]
             print(f"  {len(looks)} of {len(watch.looks)} looks found more memory than the limit")
         lines = {

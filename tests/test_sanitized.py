@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from sgl_vtensor.vmm.host import HostDriver
 from tests.leaks import held
 
 ROOT = Path(__file__).parents[1]
-CORE = ("vmm", "core/test_pages.py", "core/test_pool.py", "core/test_rows.py", "core/test_faults.py")
-PLUGIN = ("srt/test_memory.py", "srt/test_prefix.py", "srt/test_runtime.py")
+PARTS = {
+    "core": ("vmm", "core/test_pages.py", "core/test_pool.py", "core/test_rows.py", "core/test_faults.py"),
+    "plugin": ("srt/test_memory.py", "srt/test_prefix.py", "srt/test_runtime.py"),
+}
 SANITIZED = (sys.executable, "-X", "dev", "-W", "error::ResourceWarning")
 """``-X dev``: PYTHONMALLOC=debug, faulthandler, and more."""
 
@@ -26,11 +30,24 @@ del buffer
 """
 
 
-@pytest.mark.parametrize("names", [CORE, PLUGIN], ids=["core", "plugin"])
-def test_what_needs_no_server_runs_sanitized(names: tuple[str, ...]) -> None:
-    files = [f"tests/{name}" for name in names]
-    command = [*SANITIZED, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not deep", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Side by side: neither uses more than a core."""
+
+    def run(names: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        files = [f"tests/{name}" for name in names]
+        command = [*SANITIZED, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not deep", *files]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+
+    with ThreadPoolExecutor(len(PARTS)) as executor:
+        yield {part: executor.submit(run, names) for part, names in PARTS.items()}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_needs_no_server_runs_sanitized(
+    runs: dict[str, Future[subprocess.CompletedProcess[str]]], part: str
+) -> None:
+    done = runs[part].result()
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     assert "passed" in done.stdout
 

@@ -69,6 +69,7 @@ def test_how_soon_memory_follows_the_limit(
             yield [Remote(names[0], fake.url)]
 
     monkeypatch.setattr(memory.Questions, "servers", servers)
+    monkeypatch.setattr(memory, "MOVES", 3)
     monkeypatch.setattr(memory, "FOLLOW_SECONDS", waits_s)
     monkeypatch.setattr(memory, "BEFORE_SECONDS", 0.2)
     assert memory.main(["--model=none", "--ask", "limit", f"--out={tmp_path}", "--scale=0.1"]) == 0

@@ -22,5 +22,5 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     model = TinyLlama().write(folder / "tiny-llama", tokenizer=smollm2())
     # Of SGLang's grammar backends llguidance is the one that masks logits on a CPU without more to install.
     flags = (*VTENSOR, "--max-total-tokens=8192", "--grammar-backend=llguidance", "--enable-cache-report")
-    with SGLangServer(model, folder / "log", flags, fresh=True) as server:
+    with SGLangServer(model, folder / "log", flags) as server:
         yield server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -169,10 +170,17 @@ GROUPED_CASES: list[tuple[list[int], list[list[int]], list[int], dict]] = [
 ]
 
 
-@pytest.mark.parametrize(("kv_lens", "members", "tokens", "options"), GROUPED_CASES, ids=str)
-@pytest.mark.parametrize("programs", [1, 4])
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("backwards", [False, True])
+# Any two of the three with each case, and any three of them with every other case.
+GROUPED_WAYS = [
+    (*case, (1, 4)[(number + paged + backwards) % 2], paged, backwards)
+    for number, case in enumerate(GROUPED_CASES)
+    for paged, backwards in itertools.product((False, True), repeat=2)
+]
+
+
+@pytest.mark.parametrize(
+    ("kv_lens", "members", "tokens", "options", "programs", "paged", "backwards"), GROUPED_WAYS, ids=str
+)
 def test_groups_that_share_keys(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import browser as chromium
 import pytest
-from server import Answer, SGLangServer
+from server import Answer, Imported, SGLangServer, end_at_once
 
 from sgl_vtensor.cli.smollm2 import smollm2
 from sgl_vtensor.cli.tiny_model import TinyLlama
@@ -70,15 +70,30 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Start a server on the small Llama: ``with start("--flag", env={...}) as server``."""
+def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start a server on the small Llama: ``with start("--flag", env={...}) as server``.
+
+    ``fresh``: as users start it, which takes twice as long. Others without variables of their own take a process that
+    has imported SGLang while the tests of the server before went on: that is most of a start, and needs one core only.
+    """
+    spares: list[Imported] = []
+
+    def imported(env: dict[str, str] | None = None) -> Imported:
+        return Imported(tmp_path_factory.mktemp("server") / "log", env)
 
     def run(
         *flags: str, model: Path = tiny_llama, env: dict[str, str] | None = None, fresh: bool = False
     ) -> SGLangServer:
-        return SGLangServer(model, tmp_path_factory.mktemp("server") / "log", flags, env, fresh=fresh)
+        if fresh:
+            return SGLangServer(model, tmp_path_factory.mktemp("server") / "log", flags, env)
+        server = SGLangServer(model, spares.pop() if spares and not env else imported(env), flags)
+        if not spares:
+            spares.append(imported())
+        return server
 
-    return run
+    yield run
+    for spare in spares:
+        end_at_once(spare.server)
 
 
 @pytest.fixture(scope="session")

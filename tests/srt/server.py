@@ -65,10 +65,34 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return mine | ours | CHECKS | _NO_DUMPS | dict(extra or {})
 
 
-def launch_command(model: Path, flags: Sequence[str], *, fresh: bool = True) -> list[str]:
-    """``fresh``: as users start it; else in half the time, with ``forking_launch.py``."""
-    program = ["-m", "sglang.launch_server"] if fresh else [str(FORKING)]
-    return [sys.executable, *program, "--model-path", str(model), *_COMMON, *flags]
+def launch_command(model: Path, flags: Sequence[str]) -> list[str]:
+    """As users start it."""
+    return [sys.executable, "-m", "sglang.launch_server", *_flags(model, flags)]
+
+
+def _flags(model: Path, flags: Sequence[str]) -> list[str]:
+    return ["--model-path", str(model), *_COMMON, *flags]
+
+
+class Imported:
+    """A server that has imported SGLang, or does so now, and waits for its flags: see ``forking_launch.py``."""
+
+    def __init__(self, log: Path, extra_env: Mapping[str, str] | None = None) -> None:
+        self._flags = log.with_name("flags")
+        self.server = Server([sys.executable, str(FORKING), str(self._flags)], log, environment(extra_env))
+
+    def launch(self, flags: Sequence[str]) -> Server:
+        new = self._flags.with_suffix(".new")
+        new.write_text("\n".join(flags))
+        new.rename(self._flags)  # whole, since it is looked for
+        return self.server
+
+
+def end_at_once(server: Server) -> None:
+    """SGLang takes some ten seconds over SIGTERM."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.group, signal.SIGKILL)
+    server.stop()
 
 
 @dataclass(frozen=True)
@@ -86,24 +110,28 @@ class Answer:
 
 
 class SGLangServer:
-    """A running server. A context manager that ends it with all its children. ``fresh``: see ``launch_command``."""
+    """A running server. A context manager that ends it with all its children.
+
+    Started as users do it, with its output in ``log``, or from one that has imported SGLang.
+    """
 
     def __init__(
         self,
         model: Path,
-        log: Path,
+        log: Path | Imported,
         flags: Sequence[str] = (),
         extra_env: Mapping[str, str] | None = None,
-        *,
-        fresh: bool = False,
     ) -> None:
-        self.log = log
         # Below those that the system gives to clients: one of theirs would take it while the server starts.
         self.port = free_port(random.randrange(20_000, 30_000), "127.0.0.1")
         self._read_to = 0
         self.flags = tuple(flags)
-        command = launch_command(model, [*flags, "--host=127.0.0.1", f"--port={self.port}"], fresh=fresh)
-        self.server = Server(command, log, environment(extra_env))
+        flags = (*flags, "--host=127.0.0.1", f"--port={self.port}")
+        if isinstance(log, Imported):
+            self.server = log.launch(_flags(model, flags))
+        else:
+            self.server = Server(launch_command(model, flags), log, environment(extra_env))
+        self.log = self.server.log
         try:
             self._wait_until_ready()
         except BaseException:
@@ -114,10 +142,7 @@ class SGLangServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        # At once: SGLang takes some ten seconds over SIGTERM.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.server.group, signal.SIGKILL)
-        self.server.stop()
+        end_at_once(self.server)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS

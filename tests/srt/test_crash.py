@@ -213,6 +213,28 @@ def test_a_thousand_connections(server: SGLangServer, stock: StockAnswers) -> No
     pages_add_up(server)
 
 
+def test_a_driver_that_cannot_unmap_ends_the_server_with_its_reason(
+    server: SGLangServer, stock: StockAnswers, plan: FaultPlan
+) -> None:
+    """The last of this file's tests on this server: what a row shows can no longer be known.
+
+    Those that start servers of their own come after it: this one takes a core, idle or not.
+    """
+    dice = random.Random(9)
+    deadline = time.monotonic() + END_SECONDS
+    with plan.failing(unmap_DriverError=1.0), ThreadPoolExecutor(8) as executor:
+        while server.server.running():  # until rows that show other requests' pages have to show new ones
+            assert time.monotonic() < deadline, "the server goes on although nothing can be unmapped"
+            prompts = [tuple(dice.choices(stock.twin.prompt, k=100)) for _ in range(16)]
+            list(executor.map(lambda prompt: _asked(server, prompt), prompts))
+    assert "unmap failed with INJECTED" in server.log.read_text()
+
+
+def _asked(server: SGLangServer, prompt: tuple[int, ...]) -> None:
+    with contextlib.suppress(requests.RequestException):
+        server.post("/generate", generate_body(prompt, 40), timeout=WAIT_SECONDS)
+
+
 def group_of(server: SGLangServer) -> list[int]:
     """The server's processes; one that has ended and that we have not waited for is none."""
     return group_members(server.server.group)
@@ -286,22 +308,3 @@ def test_killed_fifty_times(start: Start, stock: StockAnswers) -> None:
             answers_are_right(server, stock)
             victim = dice.choice(bearers_of(server))
             kill_under_load(server, stock, victim, dice.uniform(0, 2))
-
-
-def test_a_driver_that_cannot_unmap_ends_the_server_with_its_reason(
-    server: SGLangServer, stock: StockAnswers, plan: FaultPlan
-) -> None:
-    """The last of this file's tests on this server: what a row shows can no longer be known."""
-    dice = random.Random(9)
-    deadline = time.monotonic() + END_SECONDS
-    with plan.failing(unmap_DriverError=1.0), ThreadPoolExecutor(8) as executor:
-        while server.server.running():  # until rows that show other requests' pages have to show new ones
-            assert time.monotonic() < deadline, "the server goes on although nothing can be unmapped"
-            prompts = [tuple(dice.choices(stock.twin.prompt, k=100)) for _ in range(16)]
-            list(executor.map(lambda prompt: _asked(server, prompt), prompts))
-    assert "unmap failed with INJECTED" in server.log.read_text()
-
-
-def _asked(server: SGLangServer, prompt: tuple[int, ...]) -> None:
-    with contextlib.suppress(requests.RequestException):
-        server.post("/generate", generate_body(prompt, 40), timeout=WAIT_SECONDS)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StockAnswers
+from conftest import Expected, StockAnswers
 from server import environment
 
 pytestmark = pytest.mark.server
@@ -36,28 +38,42 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    ("options", "env"),
-    [
-        ({"attention_backend": "vtensor"}, {"SGL_VTENSOR_PAGE_TOKENS": "32"}),
-        ({}, {"SGL_VTENSOR": "1", "SGL_VTENSOR_PAGE_TOKENS": "32"}),
-    ],
-    ids=["backend", "variable"],
-)
-def test_engine(
-    tiny_llama: Path, stock: StockAnswers, tmp_path: Path, options: dict[str, Any], env: dict[str, str]
-) -> None:
-    program = tmp_path / "program.py"
+WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "backend": ({"attention_backend": "vtensor"}, {"SGL_VTENSOR_PAGE_TOKENS": "32"}),
+    "variable": ({}, {"SGL_VTENSOR": "1", "SGL_VTENSOR_PAGE_TOKENS": "32"}),
+}
+Engines = dict[str, Future[subprocess.CompletedProcess[str]]]
+
+
+@pytest.fixture(scope="module")
+def expected(stock: StockAnswers) -> Expected:
+    return stock.mixed[15]
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_llama: Path, expected: Expected, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """Side by side, since each takes one core most of its time."""
+    program = tmp_path_factory.mktemp("engine") / "program.py"
     program.write_text(PROGRAM)
-    expected = stock.mixed[15]
-    arguments = json.dumps([options | {"model_path": str(tiny_llama)}, expected.prompt, expected.tokens])
-    done = subprocess.run(
-        [sys.executable, str(program), arguments],
-        env=environment(env),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+
+    def run(way: str) -> subprocess.CompletedProcess[str]:
+        options, env = WAYS[way]
+        arguments = json.dumps([options | {"model_path": str(tiny_llama)}, expected.prompt, expected.tokens])
+        return subprocess.run(
+            [sys.executable, str(program), arguments],
+            env=environment(env),
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+
+    with ThreadPoolExecutor(len(WAYS)) as executor:
+        yield {way: executor.submit(run, way) for way in WAYS}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_engine(engines: Engines, expected: Expected, way: str) -> None:
+    done = engines[way].result()
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert tuple(result["ids"]) == expected.output_ids

@@ -56,6 +56,7 @@ def check_refused(result: dict[str, Any], *words: str, error: str = "ConfigError
     assert "\n" not in message
 
 
+@pytest.mark.usefixtures("resolve")  # it imports SGLang meanwhile
 def test_flags_are_in_the_help() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sglang.launch_server", "--help"], capture_output=True, text=True, env=environment()
