@@ -13,7 +13,7 @@ from sgl_vtensor.cli.tiny_model import TinyLlama
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "srt"), str(ROOT / "bench")]
-from server import VTENSOR, SGLangServer  # noqa: E402
+from server import VTENSOR, Imported, SGLangServer  # noqa: E402
 
 
 @pytest.fixture(scope="package")  # an idle SGLang server polls: it must not go on beside other tests
@@ -22,5 +22,5 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     model = TinyLlama().write(folder / "tiny-llama", tokenizer=smollm2())
     # Of SGLang's grammar backends llguidance is the one that masks logits on a CPU without more to install.
     flags = (*VTENSOR, "--max-total-tokens=8192", "--grammar-backend=llguidance", "--enable-cache-report")
-    with SGLangServer(model, folder / "log", flags) as server:
+    with SGLangServer(model, Imported(folder / "log"), flags) as server:
         yield server

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import browser as chromium
 import pytest
+from fault_plan import FaultPlan
 from server import Answer, Imported, SGLangServer, end_at_once
 
 from sgl_vtensor.cli.smollm2 import smollm2
@@ -73,27 +74,43 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start a server on the small Llama: ``with start("--flag", env={...}) as server``.
 
-    ``fresh``: as users start it, which takes twice as long. Others without variables of their own take a process that
-    has imported SGLang while the tests of the server before went on: that is most of a start, and needs one core only.
+    The one after it imports SGLang while its tests go on: that is most of a start, and takes a core that they leave.
+    ``then`` says which variables that one is to have; where another comes, only time is lost.
+    ``fresh``: as users start it, with nothing done before.
     """
-    spares: list[Imported] = []
+    spares: list[Imported] = []  # one, or none
 
-    def imported(env: dict[str, str] | None = None) -> Imported:
+    def imported(env: dict[str, str] | None) -> Imported:
         return Imported(tmp_path_factory.mktemp("server") / "log", env)
 
+    def end_spares() -> None:
+        while spares:
+            end_at_once(spares.pop().server)
+
     def run(
-        *flags: str, model: Path = tiny_llama, env: dict[str, str] | None = None, fresh: bool = False
+        *flags: str,
+        model: Path = tiny_llama,
+        env: dict[str, str] | None = None,
+        then: dict[str, str] | None = None,
+        fresh: bool = False,
     ) -> SGLangServer:
         if fresh:
             return SGLangServer(model, tmp_path_factory.mktemp("server") / "log", flags, env)
-        server = SGLangServer(model, spares.pop() if spares and not env else imported(env), flags)
-        if not spares:
-            spares.append(imported())
+        if [spare.env for spare in spares] != [env or {}]:
+            end_spares()
+            spares.append(imported(env))
+        server = SGLangServer(model, spares.pop(), flags)
+        spares.append(imported(then))
         return server
 
     yield run
-    for spare in spares:
-        end_at_once(spare.server)
+    end_spares()
+
+
+@pytest.fixture(scope="session")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> FaultPlan:
+    """Of faults of the servers that are started with its variables."""
+    return FaultPlan(tmp_path_factory.mktemp("faults") / "plan.json")
 
 
 @pytest.fixture(scope="session")
@@ -114,9 +131,10 @@ def browser(_tab: chromium.Browser) -> Iterator[chromium.Browser]:
 
 
 @pytest.fixture(scope="session")
-def stock(start: Start) -> Iterator[StockAnswers]:
+def stock(start: Start, plan: FaultPlan) -> Iterator[StockAnswers]:
     rng = random.Random(6)
-    with start("--max-total-tokens=16384") as server:
+    # The first tests that ask for them are those of faults.
+    with start("--max-total-tokens=16384", then=plan.environment) as server:
 
         def ask(prompts: Sequence[tuple[int, ...]], tokens: int = 48) -> tuple[Expected, ...]:
             found = tuple(Expected(prompt, server.generate(prompt, tokens, logprobs=True)) for prompt in prompts)

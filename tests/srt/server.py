@@ -78,6 +78,7 @@ class Imported:
     """A server that has imported SGLang, or does so now, and waits for its flags: see ``forking_launch.py``."""
 
     def __init__(self, log: Path, extra_env: Mapping[str, str] | None = None) -> None:
+        self.env = dict(extra_env or {})
         self._flags = log.with_name("flags")
         self.server = Server([sys.executable, str(FORKING), str(self._flags)], log, environment(extra_env))
 

@@ -7,6 +7,8 @@ import inspect
 import os
 import pkgutil
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,19 +180,35 @@ HookRegistry._apply_target = classmethod(fail)
 """
 
 
+LOST = ("Scheduler.on_idle", "ServerArgs.from_cli_args")
+Starts = dict[str, Future[subprocess.CompletedProcess[str]]]
+
+
+@pytest.fixture(scope="module")
+def starts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starts]:
+    """Side by side, since each takes one core."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "sitecustomize.py").write_text(_BROKEN)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def run(lost: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            launch_command(tiny_llama, [*VTENSOR, "--max-total-tokens=2048"]),
+            env=environment({"PYTHONPATH": path, "LOST_HOOK": lost}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=500,
+        )
+
+    with ThreadPoolExecutor(len(LOST)) as executor:
+        yield {lost: executor.submit(run, lost) for lost in LOST}
+
+
 @pytest.mark.server
-@pytest.mark.parametrize("lost", ["Scheduler.on_idle", "ServerArgs.from_cli_args"])
-def test_server_without_a_hook_stops(tiny_llama: Path, tmp_path: Path, lost: str) -> None:
-    (tmp_path / "sitecustomize.py").write_text(_BROKEN)
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        launch_command(tiny_llama, [*VTENSOR, "--max-total-tokens=2048"]),
-        env=environment({"PYTHONPATH": path, "LOST_HOOK": lost}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-    )
+@pytest.mark.parametrize("lost", LOST)
+def test_server_without_a_hook_stops(starts: Starts, lost: str) -> None:
+    done = starts[lost].result()
     assert done.returncode != 0
     assert "fired up" not in done.stdout
     assert "did not install these hooks" in done.stdout and lost in done.stdout

@@ -29,11 +29,6 @@ FLAGS = (*VTENSOR, "--max-total-tokens=2048", "--vtensor-idle-seconds=1", "--vte
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> FaultPlan:
-    return FaultPlan(tmp_path_factory.mktemp("faults") / "plan.json")
-
-
-@pytest.fixture(scope="module")
 def server(start: Start, plan: FaultPlan) -> Iterator[SGLangServer]:
     with start(*FLAGS, env=plan.environment) as server:
         yield server

@@ -22,11 +22,6 @@ CORES = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{min(1, (os.cpu_count() or 1) - 1)}"
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> FaultPlan:
-    return FaultPlan(tmp_path_factory.mktemp("faults") / "plan.json")
-
-
-@pytest.fixture(scope="module")
 def two_ranks(start: Start, plan: FaultPlan, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     # It sleeps when idle: two ranks that poll would leave the replicas that start after it half of two cores.
     flags = (
@@ -39,7 +34,8 @@ def two_ranks(start: Start, plan: FaultPlan, tmp_path_factory: pytest.TempPathFa
     before = boards()
     ages = ("--vtensor-cache-seconds=3", "--vtensor-idle-seconds=1")
     path = tmp_path_factory.mktemp("trace") / "trace"
-    with start(*VTENSOR, *flags, *ages, f"--vtensor-trace={path}", env=CORES | plan.environment) as server:
+    trace = f"--vtensor-trace={path}"
+    with start(*VTENSOR, *flags, *ages, trace, env=CORES | plan.environment, then=CORES) as server:
         assert boards() == before, "the board's name is gone once all ranks have it"
         yield server
         server.check_healthy()

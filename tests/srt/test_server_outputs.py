@@ -3,6 +3,7 @@ traces that they record meanwhile replay."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -53,8 +54,10 @@ def running(
     request: pytest.FixtureRequest, start: Start, stock: StockAnswers, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SGLangServer]:
     flags, env = KINDS[request.param]
+    following = dict(itertools.pairwise(KINDS)).get(request.param)
+    then = KINDS[following][1] if following else None
     path = tmp_path_factory.mktemp("trace") / "trace"
-    with start(*VTENSOR, *flags, f"--vtensor-trace={path}", env=env) as server:
+    with start(*VTENSOR, *flags, f"--vtensor-trace={path}", env=env, then=then) as server:
         reads = "torch on rows" if "--vtensor-kernel=torch" in flags else "auto on rows and homes"
         assert f"; kernel {reads}; " in server.start_line()
         yield server
