@@ -3,12 +3,13 @@
     python bench/compare.py --model DIR --group stock-fa3 vtensor-auto --group vtensor-triton --workload gsp -- FLAGS
     python bench/compare.py --url stock=http://127.0.0.1:30000 --url ours=http://127.0.0.1:30010 --workload chat
 
-Servers of one --group run side by side, each with its share of the GPU's memory (FLAGS: --max-total-tokens), and are
-measured in turn, never at once: A, B, then B, A, each round with a new seed. Groups follow one another. A round is run
-cold, from an empty cache, and again warm. First-token logprobs of the same prompts are compared before. With
---budget-seconds it ends in time, whatever happens, with what it has. What vTensor memory cost is told beside: driver
-calls per generated token, and waits for mappings; of chat-16k also for the turns after the first ("later"). Rows go to
-bench/results/serving.csv, and with plots, logs and every run's figures and requests (runs.jsonl) to --out. workloads:
+Servers of one --group run side by side, each with its share of the GPU's memory (FLAGS: --max-total-tokens) and, where
+there are enough, with CPUs of its own. They are measured in turn, never at once: A, B, then B, A, each round with a new
+seed. Groups follow one another. A round is run cold, from an empty cache, and again warm. First-token logprobs of the
+same prompts are compared before. With --budget-seconds it ends in time, whatever happens, with what it has. What
+vTensor memory cost is told beside: driver calls per generated token, and waits for mappings; of chat-16k also for the
+turns after the first ("later"). Rows go to bench/results/serving.csv, and with plots, logs and every run's figures and
+requests (runs.jsonl) to --out. workloads:
 
 """
 
@@ -19,6 +20,7 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -36,7 +38,7 @@ from costs import Look, costs
 from load import Run, by_turn, play, summarize, unit
 from plots import line_plot
 from results import Results
-from servers import Remote, Server, check_names, leave_on_sigterm, run_async
+from servers import Remote, Server, check_names, leave_on_sigterm, run_async, shares_of_cpus
 from workloads import Session, Workload
 
 from sgl_vtensor.cli.server import free_port
@@ -81,6 +83,7 @@ class Comparison:
         self.measured: list[Measured] = []
         self.decoded: dict[str, dict[int, logprobs.Decoded]] = {}
         self.answers: dict[str, dict[int, logprobs.Answer]] = {}
+        self._cpus = sorted(os.sched_getaffinity(0))
         self.failed = False
         """Something that was to be measured was not."""
         self._start_s = 0.0
@@ -127,11 +130,16 @@ class Comparison:
         if options.url:
             return [Remote(name, url) for name, url in (one.split("=", 1) for one in options.url)]
         servers: list[Remote] = []
+        own, *cpus = shares_of_cpus(len(names), self._cpus) or [self._cpus]
+        os.sched_setaffinity(0, own)
+        if cpus:
+            print(f"{len(cpus[0])} CPUs for each server, {len(own)} for the driver", flush=True)
         try:
             for index, name in enumerate(names):
                 log = options.out / f"server-{name}.log"
                 port = free_port(options.port + 10 * index, "127.0.0.1")
-                servers.append(Server(name, options.model, port, log, options.server_flags))
+                of = cpus[index] if cpus else ()
+                servers.append(Server(name, options.model, port, log, options.server_flags, of))
         except BaseException:
             for server in servers:
                 server.stop()

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Coroutine, Iterable
+from collections.abc import Collection, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from sgl_vtensor.cli.server import Server as Process
 
 Result = TypeVar("Result")
+
+CORES_A_SERVER = 3
+"""Its scheduler, its tokenizer and its detokenizer are busy at the same time."""
 
 CONFIGS: dict[str, list[str]] = {
     "stock-default": [],
@@ -55,6 +60,24 @@ def check_names(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
             flags_of(name)
         except KeyError as error:
             parser.error(str(error.args[0]))
+
+
+def shares_of_cpus(num_servers: int, cpus: Iterable[int]) -> list[list[int]]:
+    """Which of these CPUs the driver gets, and then each server; nothing where there are too few, or no ``taskset``.
+
+    An idle SGLang server polls. Where two threads share a core, that makes what the measured one does on its CPU, a
+    launch of 32 layers, say, take 12 ms in place of 7, for whom it happens to hit.
+    """
+    siblings: dict[str, list[int]] = {}
+    for cpu in sorted(cpus):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.setdefault(topology.read_text() if topology.exists() else str(cpu), []).append(cpu)
+    cores = list(siblings.values())
+    each = (len(cores) - 1) // num_servers
+    if each < CORES_A_SERVER or shutil.which("taskset") is None:
+        return []
+    firsts = [0, *range(len(cores) - num_servers * each, len(cores) + 1, each)]
+    return [[cpu for core in cores[a:b] for cpu in core] for a, b in itertools.pairwise(firsts)]
 
 
 def leave_on_sigterm() -> None:
@@ -184,15 +207,22 @@ class Remote:
 
 
 class Server(Remote):
-    """A server of a named configuration: a process group that ends with the benchmark, however that ends."""
+    """A server of a named configuration: a process group that ends with the benchmark, however that ends.
 
-    def __init__(self, name: str, model: str, port: int, log: Path, extra: list[str]) -> None:
+    ``cpus``: that it may run on; empty for all.
+    """
+
+    def __init__(
+        self, name: str, model: str, port: int, log: Path, extra: list[str], cpus: Collection[int] = ()
+    ) -> None:
         super().__init__(name, f"http://127.0.0.1:{port}")
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
         # SGLang takes its port late: until then, and if it fails to, somebody else's server may answer there.
         self._served_name = f"{name}-{os.getpid()}-{time.monotonic_ns()}"
         command += ["--served-model-name", self._served_name, "--enable-cache-report"]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if cpus:
+            command[:0] = ["taskset", "--cpu-list", ",".join(map(str, cpus))]
         self._process = Process([*command, *flags_of(name), *extra], log, environment)
 
     def wait(self, timeout_s: float) -> None:

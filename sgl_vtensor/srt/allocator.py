@@ -277,19 +277,15 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         for slot, (source, start) in sources.items():
             target = int(pool.wanted[slot, start // self.page_size])
             self.copies.append(PageCopy(source, target, start % self.page_size))
-        spans = [
-            self._slots_of(slot, np.arange(start, stop)) for slot, start, stop in zip(slots, starts, stops, strict=True)
-        ]
-        return self._to_device(np.concatenate(spans))
+        return self._to_device(self._slots_of(*_tokens(slots, starts, stops)))
 
     def point_at_copies(self, req_to_token_pool: Any) -> None:
         """SGLang's table names the pages that are copied from; let it name the requests' own."""
         copied, self._copied = self._copied, {}
         if not copied:
             return
-        spans = [(slot, np.arange(start - start % self.page_size, start)) for slot, (_, start) in copied.items()]
-        rows = np.concatenate([np.full(len(positions), slot, dtype=np.int64) for slot, positions in spans])
-        columns = np.concatenate([positions for _, positions in spans])
+        stops = [start for _, start in copied.values()]
+        rows, columns = _tokens(list(copied), [stop - stop % self.page_size for stop in stops], stops)
         table = self._to_device(np.stack([rows, columns, self._slots_of(rows, columns)]))
         req_to_token_pool.write((table[0], table[1]), table[2].to(torch.int32))
 
@@ -344,7 +340,7 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         return False
 
     def _slots_of(self, slot: Any, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Token slots at token positions of one request (or of one request each)."""
+        """Token slots at token positions of one request each."""
         pages = self.pool.wanted[slot, positions // self.page_size].astype(np.int64)
         slots: npt.NDArray[np.int64] = pages * self.page_size + positions % self.page_size
         return slots
@@ -377,6 +373,16 @@ class VTensorAllocator(PagedTokenToKVPoolAllocator):
         if self._pool is not None and self._policy is not None:
             self._pool.reset()
             self._policy.flushed()
+
+
+def _tokens(
+    slots: list[int], starts: list[int], stops: list[int]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Request slot and position of each token of [start, stop) of each request, in order."""
+    first = np.asarray(starts, dtype=np.int64)
+    lens = np.asarray(stops, dtype=np.int64) - first
+    ends = np.cumsum(lens)
+    return np.repeat(slots, lens), np.arange(ends[-1]) + np.repeat(first - ends + lens, lens)
 
 
 def to_device(values: npt.NDArray[Any], device: Any) -> torch.Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -38,13 +40,11 @@ Line = list[tuple[float, int, TreeNode]]
 class PageRun:
     """What a node holds in place of a tensor of slots: whole pages, sliced in tokens as the base class does."""
 
-    __slots__ = ("given_before", "page_tokens", "pages", "slots")
+    __slots__ = ("given_before", "page_tokens", "pages")
 
-    def __init__(self, pages: list[int], page_tokens: int, slots: torch.Tensor | None = None) -> None:
+    def __init__(self, pages: list[int], page_tokens: int) -> None:
         self.pages = pages
         self.page_tokens = page_tokens
-        self.slots = slots
-        """[tokens] int64 on the device, made when a hit first asks for it; SGLang only reads it."""
         self.given_before: int | None = None
         """Of a page that is not full: how many pages the tree had been given before it."""
 
@@ -55,11 +55,10 @@ class PageRun:
         start, stop, step = tokens.indices(len(self))
         if step != 1 or start % self.page_tokens or stop % self.page_tokens:
             raise VTensorError(f"a page is cut in two by [{start}, {stop}); please report this")
-        pages = self.pages[start // self.page_tokens : stop // self.page_tokens]
-        return PageRun(pages, self.page_tokens, None if self.slots is None else self.slots[start:stop])
+        return PageRun(self.pages[start // self.page_tokens : stop // self.page_tokens], self.page_tokens)
 
     def clone(self) -> PageRun:
-        return PageRun(list(self.pages), self.page_tokens, self.slots)
+        return PageRun(list(self.pages), self.page_tokens)
 
 
 class VTensorRadixCache(RadixCache):
@@ -96,6 +95,8 @@ class VTensorRadixCache(RadixCache):
         self.is_cached: npt.NDArray[np.bool_] = np.zeros(num_pages + 1, dtype=bool)
         """[num_pages + 1]: which pages the tree owns, and in how many nodes; ``/vtensor`` need not walk it to know."""
         self.num_nodes = 0
+        self._positions = torch.arange(self.page_size, device=self.device)
+        self._granted: dict[TreeNode, torch.Tensor] = {}
         # (node, namespace) -> the first pages of its children, sorted: neighbours share the longest beginnings.
         self._first_pages: dict[tuple[int, str | None, str | None], list[tuple[int, ...]]] = {}
 
@@ -353,14 +354,27 @@ class VTensorRadixCache(RadixCache):
             node = child
         return pages
 
+    @contextmanager
+    def granting(self, reqs: Sequence[Any]) -> Iterator[None]:
+        """Meanwhile SGLang asks for these requests' paths, one by one: they are copied to the device together."""
+        nodes = list({req.last_node for req in reqs if req.prefix_len and not req.kv.holds_kv})
+        self._granted = dict(zip(nodes, self._device_slots([self.path_pages(node) for node in nodes]), strict=True))
+        try:
+            yield
+        finally:
+            self._granted = {}
+
     def path_device_indices(self, node: TreeNode) -> torch.Tensor:
-        runs = self._path(node)
-        for run in runs:
-            if run.slots is None:
-                run.slots = to_device(self._slots(run.pages), self.device)
-        if len(runs) == 1:
-            return runs[0].slots
-        return torch.cat([run.slots for run in runs]) if runs else self._empty_device_indices
+        granted = self._granted.get(node)
+        return self._device_slots([self.path_pages(node)])[0] if granted is None else granted
+
+    def _device_slots(self, paths: list[list[int]]) -> Sequence[torch.Tensor]:
+        """Slots of each path's tokens. Page ids are copied, all at once; the device counts their tokens out."""
+        if not any(paths):
+            return [self._empty_device_indices] * len(paths)
+        pages = to_device(np.fromiter(chain.from_iterable(paths), dtype=np.int64), self.device)
+        slots = torch.add(self._positions, pages[:, None], alpha=self.page_size)  # [pages, page_tokens] int64
+        return slots.view(-1).split([len(path) * self.page_size for path in paths])
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Give the tree the request's full pages up to ``up_to``; where it has them already, use the tree's.

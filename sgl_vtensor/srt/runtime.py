@@ -458,7 +458,7 @@ def alloc_for_extend(original: Callable[..., Any], batch: Any) -> Any:
     allocator = batch.token_to_kv_pool_allocator
     if not isinstance(allocator, VTensorAllocator):
         return original(batch)
-    with allocator.serving(batch, extending=True):
+    with allocator.serving(batch, extending=True), batch.tree_cache.granting(batch.reqs):
         result = original(batch)
         allocator.point_at_copies(batch.req_to_token_pool)
         return result

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import servers
 
 BENCH = Path(__file__).parents[2] / "bench"
 TOLD_IN_A_DESTRUCTOR = """
@@ -56,3 +57,27 @@ def test_told_to_end_where_exceptions_are_lost_it_ends_all_the_same(program: str
     done = subprocess.run([sys.executable, "-c", program], cwd=BENCH, capture_output=True, text=True, timeout=50)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert "tidied up" in done.stdout and "still here" not in done.stdout
+
+
+@pytest.mark.parametrize(("num_cpus", "num_servers"), [(16, 2), (32, 4), (7, 2), (8, 1), (13, 2)])
+def test_servers_have_cores_of_their_own(num_cpus: int, num_servers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads of a core are never two servers'."""
+    core_of = {cpu: cpu % ((num_cpus + 1) // 2) for cpu in range(num_cpus)}  # as Linux numbers them: cores, then again
+    siblings = {cpu: [other for other in core_of if core_of[other] == core_of[cpu]] for cpu in core_of}
+    file = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    text_of = {file.format(cpu): str(of) for cpu, of in siblings.items()}
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in text_of)
+    monkeypatch.setattr(Path, "read_text", lambda path: text_of[str(path)])
+    monkeypatch.setattr(servers.shutil, "which", lambda name: f"/usr/bin/{name}")
+    shares = servers.shares_of_cpus(num_servers, core_of)
+    if (max(core_of.values()) + 1 - 1) // num_servers < servers.CORES_A_SERVER:
+        assert not shares
+        return
+    assert len(shares) == 1 + num_servers
+    assert sorted(cpu for share in shares for cpu in share) == sorted(core_of)
+    owner = {cpu: number for number, share in enumerate(shares) for cpu in share}
+    assert all(owner[other] == owner[cpu] for cpu in core_of for other in siblings[cpu])
+    cores = [{core_of[cpu] for cpu in share} for share in shares]
+    assert cores[0] and len({len(of) for of in cores[1:]}) == 1
+    monkeypatch.setattr(servers.shutil, "which", lambda name: None)
+    assert not servers.shares_of_cpus(num_servers, core_of)
