@@ -74,6 +74,8 @@ def shares_of_cpus(num_servers: int, cpus: Iterable[int]) -> list[list[int]]:
         siblings.setdefault(topology.read_text() if topology.exists() else str(cpu), []).append(cpu)
     cores = list(siblings.values())
     each = (len(cores) - 1) // num_servers
+    if all(len(core) == 1 for core in cores):
+        each -= each % 2  # a virtual machine may not say which of its CPUs share a core; neighbours do
     if each < CORES_A_SERVER or shutil.which("taskset") is None:
         return []
     firsts = [0, *range(len(cores) - num_servers * each, len(cores) + 1, each)]

@@ -79,5 +79,10 @@ def test_servers_have_cores_of_their_own(num_cpus: int, num_servers: int, monkey
     assert all(owner[other] == owner[cpu] for cpu in core_of for other in siblings[cpu])
     cores = [{core_of[cpu] for cpu in share} for share in shares]
     assert cores[0] and len({len(of) for of in cores[1:]}) == 1
+    # Where nobody says which CPUs share a core, neighbours may.
+    text_of.clear()
+    unknown = servers.shares_of_cpus(num_servers, core_of)
+    assert all(len(share) >= servers.CORES_A_SERVER and len(share) % 2 == 0 for share in unknown[1:])
+    assert sorted(cpu for share in unknown for cpu in share) == sorted(core_of)
     monkeypatch.setattr(servers.shutil, "which", lambda name: None)
     assert not servers.shares_of_cpus(num_servers, core_of)
