@@ -334,6 +334,8 @@ class Rows:
         return row
 
     def _candidates(self, prefix: PageArray, kept: Collection[int]) -> list[int]:
+        if not self._parked:  # always so where kernels read the homes: no row maps anything
+            return []
         # What is mapped ahead in part must be found again: rows that agree longer may be worth less.
         more = [*islice(self._parked, MAX_OLDEST), *self._unfinished]
         return self._agreeing(prefix, kept) + [row for row in more if row in self._parked and self._is_ready(row, kept)]

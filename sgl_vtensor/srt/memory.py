@@ -177,7 +177,7 @@ class MemoryPolicy:
                 if evicted and short and yields:
                     self._release_for_neighbours(yields)
 
-    def launched(self, pages_soon: int = 0, pages_computed: int = 0) -> None:
+    def launched(self, pages_soon: int = 0, pages_computed: int = 0, *, hurried: bool = False) -> None:
         """Behind a launch, while the GPU computes: some pages ahead of need, so that the next launch waits for none.
 
         This itself never waits, and what each rank has ready decides nothing.
@@ -187,12 +187,15 @@ class MemoryPolicy:
                 than a reserve holds. Without a reserve nothing is taken ahead.
             pages_computed: that this launch fills, if it is a prefill: it computes for so much longer than it takes to
                 create as many.
+            hurried: first tokens wait for this thread rather than for the GPU: nothing is created.
         """
         self._idle_since = None
         pages = self.pool.pages
         self._bursts[0] = max(self._bursts[0], pages.num_taken - self._taken)
         self._taken = pages.num_taken
         ready = pages.num_free_backed
+        if hurried:
+            return
         wanted = max(self.ready_pages, pages_soon) if self.reserve_pages else 0
         refills = ready < (wanted if self._refills else max(REFILL_SHARE * wanted, pages_soon))
         if refills:

@@ -97,6 +97,8 @@ class Runtime:
         """What reads the pages, in words; ours says so itself."""
         self.words = pool.pages.tensor().view(torch.int64).view(pool.pages.num_pages + 1, -1)
         self.tokens_copied = 0
+        self._was_brief = False
+        """The launch before computed few tokens of prompts."""
         self._grouped_requests: tuple[int, bytes] | None = None
         self._grouped = (alone(0), 0)
         """Their groups, and how many pages these save."""
@@ -202,8 +204,13 @@ class Runtime:
             self.pool.launch(event)
         else:
             self.pool.launch(None)
-        computed = (batch.extend_num_tokens or 0) if batch.forward_mode.is_extend() else 0
-        self.policy.launched(self._pages_soon(batch), computed // self.pool.layout.page_tokens)
+        extends = batch.forward_mode.is_extend()
+        computed = (batch.extend_num_tokens or 0) // self.pool.layout.page_tokens if extends else 0
+        # Where nearly all is cached the GPU has done a prefill as soon as it is launched, layer by layer; and this
+        # thread sees its tokens once it has launched the next batch.
+        brief = extends and not computed
+        self.policy.launched(self._pages_soon(batch), computed, hurried=brief or self._was_brief)
+        self._was_brief = brief
         if self.config.unmap_rows:
             self.pool.unmap_parked()
         if self.can_read_homes and self.reads_rows:

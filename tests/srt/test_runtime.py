@@ -362,6 +362,14 @@ def test_pages_are_created_before_requests_begin_them(world: World) -> None:
     assert pages.num_free_backed == 12 + 8
     world.prefill(slots, 2)
     assert pages.num_free_backed == 12 + 8 + 8 + 20
+    # None while first tokens of a prefill that was nearly all cached wait for this thread.
+    world.extend_num_tokens = 15
+    for _ in range(2):
+        world.prefill(slots, 2)
+        world.decode(slots)
+        assert pages.num_free_backed == 48
+    world.decode(slots)
+    assert pages.num_free_backed == 48 + 8
     # One whose page has room for more steps than are looked ahead for needs none.
     layout = world.pool.layout
     world.pool.layout = dataclasses.replace(layout, page_tokens=128)
