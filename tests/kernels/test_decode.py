@@ -164,6 +164,9 @@ GROUPED_CASES: list[tuple[list[int], list[list[int]], list[int], dict]] = [
     ([300] * 9, [[0, 2, 4, 6], [8, 1]], [256, 128], {}),
     ([129] * 8, [[0, 1, 2, 3, 4, 5, 6, 7]], [128], {}),
     ([128, 256, 700], [[0, 1]], [128], {}),  # all that one has
+    # A block alone; and what is shared crosses from a share into the next, with two programs or with eight.
+    ([68, 130, 136, 131, 33], [[0, 1], [2, 3]], [64, 128], {}),
+    ([70, 66, 132, 190, 48, 3, 89], [[0, 1], [2, 3]], [64, 128], {}),
     ([600, 0, 700], [[0, 2]], [512], {"q_heads": 8, "kv_heads": 1}),
     ([600, 650, 700], [[0, 2]], [512], {"q_heads": 6, "kv_heads": 2, "sinks": True, "logit_cap": 2.0}),
     ([600, 650, 700], [[0, 2, 1]], [512], {"kv_dtype": torch.float8_e5m2, "k_scale": 0.5, "v_scale": 2.0}),
@@ -229,6 +232,13 @@ def test_groups_that_are_refused(device: torch.device) -> None:
         windowed.update(case.rows, case.kv_lens, groups)
     with pytest.raises(ValueError, match=r"give \[4, 2\]"):
         DecodeSchedule(workspace, case.k, 2).update(case.rows, case.kv_lens, groups[:3])
+
+
+@pytest.mark.parametrize(("q_heads", "num_parts"), [(64, 4), (32, 3), (32, 4)])
+def test_more_parts_than_are_combined_at_a_time(device: torch.device, q_heads: int, num_parts: int) -> None:
+    """One part at a time or two, of which the last turn may have one left."""
+    config = decode.DecodeConfig(block_n=64, num_warps=4, num_stages=1, min_tokens=64, programs=1)
+    check(decode_case(device, [num_parts * 64], q_heads=q_heads, kv_heads=1, head_dim=128), config=config)
 
 
 def test_shares_cross_requests(device: torch.device) -> None:
