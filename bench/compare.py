@@ -4,12 +4,12 @@
     python bench/compare.py --url stock=http://127.0.0.1:30000 --url ours=http://127.0.0.1:30010 --workload chat
 
 Servers of one --group run side by side, each with its share of the GPU's memory (FLAGS: --max-total-tokens) and, where
-there are enough, with CPUs of its own. They are measured in turn, never at once: A, B, then B, A, each round with a new
-seed. Groups follow one another. A round is run cold, from an empty cache, and again warm. First-token logprobs of the
-same prompts are compared before. With --budget-seconds it ends in time, whatever happens, with what it has. What
-vTensor memory cost is told beside: driver calls per generated token, and waits for mappings; of chat-16k also for the
-turns after the first ("later"). Rows go to bench/results/serving.csv, and with plots, logs and every run's figures and
-requests (runs.jsonl) to --out. workloads:
+there are enough, with CPUs of its own, which change hands each round. They are measured in turn, never at once: A, B,
+then B, A, each round with a new seed. Groups follow one another. A round is run cold, from an empty cache, and again
+warm. First-token logprobs of the same prompts are compared before. With --budget-seconds it ends in time, whatever
+happens, with what it has. What vTensor memory cost is told beside: driver calls per generated token, and waits for
+mappings; of chat-16k also for the turns after the first ("later"). Rows go to bench/results/serving.csv, and with
+plots, logs and every run's figures and requests (runs.jsonl) to --out. workloads:
 
 """
 
@@ -84,6 +84,8 @@ class Comparison:
         self.decoded: dict[str, dict[int, logprobs.Decoded]] = {}
         self.answers: dict[str, dict[int, logprobs.Answer]] = {}
         self._cpus = sorted(os.sched_getaffinity(0))
+        self._shares: list[list[int]] = []
+        """Of these CPUs, one for each server of a group, where there are enough."""
         self.failed = False
         """Something that was to be measured was not."""
         self._start_s = 0.0
@@ -132,6 +134,7 @@ class Comparison:
         servers: list[Remote] = []
         own, *cpus = shares_of_cpus(len(names), self._cpus) or [self._cpus]
         os.sched_setaffinity(0, own)
+        self._shares = cpus
         if cpus:
             print(f"{len(cpus[0])} CPUs for each server, {len(own)} for the driver", flush=True)
         try:
@@ -207,6 +210,10 @@ class Comparison:
             seed = self.options.seed + number
             # The other way round each time: whoever is second has waited, and so gone cold, while the first one ran.
             in_turn = servers[:: -1 if number % 2 else 1]
+            # And the CPUs change hands: other tenants of the machine may slow some of them down.
+            for place, server in enumerate(servers if self._shares else ()):
+                assert isinstance(server, Server)
+                server.run_on(self._shares[(place + number) % len(self._shares)])
             for name in self.options.workload:
                 workload = self._workload(name, seed)
                 if self._too_long(workload, servers) is not None:

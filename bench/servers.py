@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -63,7 +63,7 @@ def check_names(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 
 
 def shares_of_cpus(num_servers: int, cpus: Iterable[int]) -> list[list[int]]:
-    """Which of these CPUs the driver gets, and then each server; nothing where there are too few, or no ``taskset``.
+    """Which of these CPUs the driver gets, and then each server; nothing where there are too few.
 
     An idle SGLang server polls. Where two threads share a core, that makes what the measured one does on its CPU, a
     launch of 32 layers, say, take 12 ms in place of 7, for whom it happens to hit.
@@ -76,7 +76,7 @@ def shares_of_cpus(num_servers: int, cpus: Iterable[int]) -> list[list[int]]:
     each = (len(cores) - 1) // num_servers
     if all(len(core) == 1 for core in cores):
         each -= each % 2  # a virtual machine may not say which of its CPUs share a core; neighbours do
-    if each < CORES_A_SERVER or shutil.which("taskset") is None:
+    if each < CORES_A_SERVER:
         return []
     firsts = [0, *range(len(cores) - num_servers * each, len(cores) + 1, each)]
     return [[cpu for core in cores[a:b] for cpu in core] for a, b in itertools.pairwise(firsts)]
@@ -223,9 +223,20 @@ class Server(Remote):
         self._served_name = f"{name}-{os.getpid()}-{time.monotonic_ns()}"
         command += ["--served-model-name", self._served_name, "--enable-cache-report"]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if cpus:
-            command[:0] = ["taskset", "--cpu-list", ",".join(map(str, cpus))]
-        self._process = Process([*command, *flags_of(name), *extra], log, environment)
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cpus or before)  # what it starts inherits them
+        try:
+            self._process = Process([*command, *flags_of(name), *extra], log, environment)
+        finally:
+            os.sched_setaffinity(0, before)
+
+    def run_on(self, cpus: Collection[int]) -> None:
+        """Move all its threads to these CPUs."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended meanwhile
+                if os.getpgid(int(process.name)) == self.pid:
+                    for thread in (process / "task").iterdir():
+                        os.sched_setaffinity(int(thread.name), cpus)
 
     def wait(self, timeout_s: float) -> None:
         super().wait(timeout_s)

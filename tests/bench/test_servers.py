@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import servers
+
+from sgl_vtensor.cli.server import Server as Process
 
 BENCH = Path(__file__).parents[2] / "bench"
 TOLD_IN_A_DESTRUCTOR = """
@@ -68,7 +72,6 @@ def test_servers_have_cores_of_their_own(num_cpus: int, num_servers: int, monkey
     text_of = {file.format(cpu): str(of) for cpu, of in siblings.items()}
     monkeypatch.setattr(Path, "exists", lambda path: str(path) in text_of)
     monkeypatch.setattr(Path, "read_text", lambda path: text_of[str(path)])
-    monkeypatch.setattr(servers.shutil, "which", lambda name: f"/usr/bin/{name}")
     shares = servers.shares_of_cpus(num_servers, core_of)
     if (max(core_of.values()) + 1 - 1) // num_servers < servers.CORES_A_SERVER:
         assert not shares
@@ -84,5 +87,41 @@ def test_servers_have_cores_of_their_own(num_cpus: int, num_servers: int, monkey
     unknown = servers.shares_of_cpus(num_servers, core_of)
     assert all(len(share) >= servers.CORES_A_SERVER and len(share) % 2 == 0 for share in unknown[1:])
     assert sorted(cpu for share in unknown for cpu in share) == sorted(core_of)
-    monkeypatch.setattr(servers.shutil, "which", lambda name: None)
-    assert not servers.shares_of_cpus(num_servers, core_of)
+
+
+THREADS_AND_A_CHILD = """
+import multiprocessing, threading, time
+
+def wait():
+    threads = [threading.Thread(target=time.sleep, args=(60,), daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(60)
+
+multiprocessing.get_context("fork").Process(target=wait, daemon=True).start()
+wait()
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
+def test_all_threads_of_a_server_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = [sys.executable, "-c", THREADS_AND_A_CHILD]
+    monkeypatch.setattr(servers, "Process", lambda command, *others: Process(program, *others))
+    own = os.sched_getaffinity(0)
+    first, last = min(own), max(own)
+    server = servers.Server("stock-default", "none", 1, tmp_path / "log", [], [first])
+    try:
+        assert os.sched_getaffinity(0) == own
+        end = time.monotonic() + 30
+        while len(threads_of(server)) < 6 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert {cpu for thread in threads_of(server) for cpu in os.sched_getaffinity(thread)} == {first}
+        server.run_on([last])
+        assert {cpu for thread in threads_of(server) for cpu in os.sched_getaffinity(thread)} == {last}
+    finally:
+        server.stop()
+
+
+def threads_of(server: servers.Server) -> list[int]:
+    tasks = Path("/proc").glob("[0-9]*/task/[0-9]*")
+    return [int(task.name) for task in tasks if os.getpgid(int(task.parts[2])) == server.pid]
