@@ -138,6 +138,28 @@ def test_old_pages_are_counted_without_moving_anything(policy: str) -> None:
     assert tree.cache.old_pages(time.monotonic(), 100) == 0
 
 
+def test_prefixes_of_a_batch_are_granted_together_and_for_no_longer() -> None:
+    tree = Tree()
+    tree.insert([1] * 4 + [2] * 8)
+    tree.insert([1] * 4 + [3] * 4)
+    nodes = [tree.match(tokens) for tokens in ([1] * 4 + [2] * 8, [1] * 4 + [3] * 4, [1] * 4 + [3] * 4, [9] * 4)]
+    kv = SimpleNamespace(holds_kv=False)
+    reqs = [SimpleNamespace(prefix_len=tree.cache.page_size * bool(node.key), last_node=node, kv=kv) for node in nodes]
+
+    def slots_of(node: TreeNode) -> list[int]:
+        pages = tree.cache.path_pages(node)
+        return [PAGE_TOKENS * page + token for page in pages for token in range(PAGE_TOKENS)]
+
+    assert [len(slots_of(node)) for node in nodes] == [12, 8, 8, 0]
+    with tree.cache.granting(reqs):
+        for node in nodes:
+            assert tree.cache.path_device_indices(node).tolist() == slots_of(node)
+    nodes[0].value.pages[-1] = 77
+    assert tree.cache.path_device_indices(nodes[0]).tolist() == slots_of(nodes[0])
+    with tree.cache.granting([]):
+        assert tree.cache.path_device_indices(nodes[3]).numel() == 0
+
+
 @dataclass(eq=False)
 class Request:
     """What the tree looks at of SGLang's."""
