@@ -96,7 +96,7 @@ class VTensorRadixCache(RadixCache):
         """[num_pages + 1]: which pages the tree owns, and in how many nodes; ``/vtensor`` need not walk it to know."""
         self.num_nodes = 0
         self._positions = torch.arange(self.page_size, device=self.device)
-        self._granted: dict[TreeNode, torch.Tensor] = {}
+        self._granted: dict[TreeNode, tuple[list[int], torch.Tensor]] = {}
         # (node, namespace) -> the first pages of its children, sorted: neighbours share the longest beginnings.
         self._first_pages: dict[tuple[int, str | None, str | None], list[tuple[int, ...]]] = {}
 
@@ -328,7 +328,8 @@ class VTensorRadixCache(RadixCache):
 
     def prefix_pages(self, req: Any) -> list[int]:
         """Page ids of the prefix that a request has been granted; the last is copied from if only in part its."""
-        return self.path_pages(req.last_node)[: -(-req.prefix_len // self.page_size)]
+        pages, _ = self._granted.get(req.last_node) or (self.path_pages(req.last_node), None)
+        return pages[: -(-req.prefix_len // self.page_size)]
 
     def known_pages(self, req: Any) -> list[int]:
         """Page ids of the whole pages that a waiting request would be granted now.
@@ -357,8 +358,9 @@ class VTensorRadixCache(RadixCache):
     @contextmanager
     def granting(self, reqs: Sequence[Any]) -> Iterator[None]:
         """Meanwhile SGLang asks for these requests' paths, one by one: they are copied to the device together."""
-        nodes = list({req.last_node for req in reqs if req.prefix_len and not req.kv.holds_kv})
-        self._granted = dict(zip(nodes, self._device_slots([self.path_pages(node) for node in nodes]), strict=True))
+        nodes = {req.last_node for req in reqs if req.prefix_len and not req.kv.holds_kv}
+        paths = [self.path_pages(node) for node in nodes]
+        self._granted = dict(zip(nodes, zip(paths, self._device_slots(paths), strict=True), strict=True))
         try:
             yield
         finally:
@@ -366,7 +368,7 @@ class VTensorRadixCache(RadixCache):
 
     def path_device_indices(self, node: TreeNode) -> torch.Tensor:
         granted = self._granted.get(node)
-        return self._device_slots([self.path_pages(node)])[0] if granted is None else granted
+        return self._device_slots([self.path_pages(node)])[0] if granted is None else granted[1]
 
     def _device_slots(self, paths: list[list[int]]) -> Sequence[torch.Tensor]:
         """Slots of each path's tokens. Page ids are copied, all at once; the device counts their tokens out."""

@@ -152,9 +152,11 @@ def test_prefixes_of_a_batch_are_granted_together_and_for_no_longer() -> None:
 
     assert [len(slots_of(node)) for node in nodes] == [12, 8, 8, 0]
     with tree.cache.granting(reqs):
-        for node in nodes:
+        for node, req in zip(nodes, reqs, strict=True):
             assert tree.cache.path_device_indices(node).tolist() == slots_of(node)
-    nodes[0].value.pages[-1] = 77
+            assert tree.cache.prefix_pages(req) == tree.cache.path_pages(node)[:1]
+    nodes[0].value.pages[-1], reqs[0].prefix_len = 77, 12
+    assert tree.cache.prefix_pages(reqs[0])[-1] == 77
     assert tree.cache.path_device_indices(nodes[0]).tolist() == slots_of(nodes[0])
     with tree.cache.granting([]):
         assert tree.cache.path_device_indices(nodes[3]).numel() == 0
