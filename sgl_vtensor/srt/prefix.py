@@ -324,12 +324,12 @@ class VTensorRadixCache(RadixCache):
 
     def path_pages(self, node: TreeNode) -> list[int]:
         """Page ids from the root to ``node``."""
-        return [page for run in self._path(node) for page in run.pages]
+        granted = self._granted.get(node)
+        return [page for run in self._path(node) for page in run.pages] if granted is None else granted[0]
 
     def prefix_pages(self, req: Any) -> list[int]:
         """Page ids of the prefix that a request has been granted; the last is copied from if only in part its."""
-        pages, _ = self._granted.get(req.last_node) or (self.path_pages(req.last_node), None)
-        return pages[: -(-req.prefix_len // self.page_size)]
+        return self.path_pages(req.last_node)[: -(-req.prefix_len // self.page_size)]
 
     def known_pages(self, req: Any) -> list[int]:
         """Page ids of the whole pages that a waiting request would be granted now.
@@ -423,8 +423,8 @@ class VTensorRadixCache(RadixCache):
             # A paged backend reads pages through this table; only what changed is written. A launch that still has a
             # request which has finished reads its duplicates, and they are written anew behind it at the earliest.
             first, last = changed[0] * page_size, (changed[-1] + 1) * page_size
-            slots = self._slots(self.pool.pages_of(slot, changed[0], changed[-1] + 1)).astype(np.int32)
-            self.req_to_token_pool.write((slot, slice(first, last)), to_device(slots, self.device))
+            slots = self._device_slots([self.pool.pages_of(slot, changed[0], changed[-1] + 1)])[0]
+            self.req_to_token_pool.write((slot, slice(first, last)), slots)
         req.kv.cache_protected_len = key_len
         req.lock = self.lock(node)
         req.last_node = node
@@ -478,7 +478,7 @@ class VTensorRadixCache(RadixCache):
         return pages
 
     def all_values_flatten(self) -> torch.Tensor:
-        return to_device(self._slots(self.all_pages()), self.device)
+        return self._device_slots([self.all_pages()])[0]
 
     def _key_of(self, req: Any, token_ids: Any) -> RadixKey:
         key = RadixKey(token_ids, req.extra_key, is_bigram=False, cache_salt=req.cache_salt)
@@ -495,11 +495,6 @@ class VTensorRadixCache(RadixCache):
         if prompt_len < start + len(node.value):
             node = self._split_node(node.key, node, prompt_len - start)
         self._touch(node, min(priority + 1, torch.iinfo(torch.int64).max))
-
-    def _slots(self, pages: list[int]) -> npt.NDArray[np.int64]:
-        """Token slots of whole pages, on the host."""
-        firsts = np.asarray(pages, dtype=np.int64)[:, None] * self.page_size
-        return (firsts + np.arange(self.page_size)).ravel()
 
 
 def _num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
