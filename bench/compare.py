@@ -83,9 +83,6 @@ class Comparison:
         self.measured: list[Measured] = []
         self.decoded: dict[str, dict[int, logprobs.Decoded]] = {}
         self.answers: dict[str, dict[int, logprobs.Answer]] = {}
-        self._cpus = sorted(os.sched_getaffinity(0))
-        self._shares: list[list[int]] = []
-        """Of these CPUs, one for each server of a group, where there are enough."""
         self.failed = False
         """Something that was to be measured was not."""
         self._start_s = 0.0
@@ -132,17 +129,11 @@ class Comparison:
         if options.url:
             return [Remote(name, url) for name, url in (one.split("=", 1) for one in options.url)]
         servers: list[Remote] = []
-        own, *cpus = shares_of_cpus(len(names), self._cpus) or [self._cpus]
-        os.sched_setaffinity(0, own)
-        self._shares = cpus
-        if cpus:
-            print(f"{len(cpus[0])} CPUs for each server, {len(own)} for the driver", flush=True)
         try:
             for index, name in enumerate(names):
                 log = options.out / f"server-{name}.log"
                 port = free_port(options.port + 10 * index, "127.0.0.1")
-                of = cpus[index] if cpus else ()
-                servers.append(Server(name, options.model, port, log, options.server_flags, of))
+                servers.append(Server(name, options.model, port, log, options.server_flags))
         except BaseException:
             for server in servers:
                 server.stop()
@@ -206,23 +197,33 @@ class Comparison:
             sessions = tuple(map(_shortened, warm_up.sessions[:WARM_UP_SESSIONS]))
             for server in servers:
                 self._play(server, dataclasses.replace(warm_up, sessions=sessions))
-        for number in range(self.options.rounds):
-            seed = self.options.seed + number
-            # The other way round each time: whoever is second has waited, and so gone cold, while the first one ran.
-            in_turn = servers[:: -1 if number % 2 else 1]
-            # And the CPUs change hands: other tenants of the machine may slow some of them down.
-            for place, server in enumerate(servers if self._shares else ()):
-                assert isinstance(server, Server)
-                server.run_on(self._shares[(place + number) % len(self._shares)])
-            for name in self.options.workload:
-                workload = self._workload(name, seed)
-                if self._too_long(workload, servers) is not None:
-                    continue
-                for server in servers:
-                    server.flush()
-                for state in self.options.states:
-                    for server in in_turn:
-                        self._measure_one(server, workload, seed, state)
+        cpus = sorted(os.sched_getaffinity(0))
+        own, *shares = (shares_of_cpus(len(servers), cpus) if servers and not self.options.url else []) or [cpus]
+        if shares:
+            print(f"{len(shares[0])} CPUs for each server, {len(own)} for the driver", flush=True)
+        os.sched_setaffinity(0, own)
+        try:
+            for number in range(self.options.rounds):
+                # The CPUs change hands each time: other tenants of the machine may slow some of them down.
+                for place, share in enumerate(shares):
+                    servers[(place + number) % len(servers)].run_on(share)
+                self._measure_round(servers, number)
+        finally:
+            os.sched_setaffinity(0, cpus)
+
+    def _measure_round(self, servers: list[Remote], number: int) -> None:
+        seed = self.options.seed + number
+        # The other way round each time: whoever is second has waited, and so gone cold, while the first one ran.
+        in_turn = servers[:: -1 if number % 2 else 1]
+        for name in self.options.workload:
+            workload = self._workload(name, seed)
+            if self._too_long(workload, servers) is not None:
+                continue
+            for server in servers:
+                server.flush()
+            for state in self.options.states:
+                for server in in_turn:
+                    self._measure_one(server, workload, seed, state)
 
     def _measure_one(self, server: Remote, workload: Workload, seed: int, state: str) -> None:
         kind = workload.name, workload.users, state

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import csv
 import json
+import os
 import re
 import statistics
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import compare
@@ -225,3 +228,19 @@ def test_a_server_that_is_none_is_refused(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         compare.main(["--group", "stock-fa3", "vtensor-best", f"--out={tmp_path}"])
     assert "no server configuration 'vtensor-best'" in capsys.readouterr().err
+
+
+def test_cpus_change_hands_each_round_and_the_driver_gets_its_own_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = os.sched_getaffinity(0)
+    monkeypatch.setattr(compare, "shares_of_cpus", lambda num_servers, cpus: [[cpus[0]], [cpus[0]], [cpus[-1]]])
+    had: dict[str, list[list[int]]] = {"a": [], "b": []}
+    stubs: Any = [SimpleNamespace(run_on=shares.append) for shares in had.values()]
+    one = object.__new__(compare.Comparison)
+    one.options = argparse.Namespace(workload=[], states=[], rounds=3, seed=1, url=None)
+    driver: list[set[int]] = []
+    monkeypatch.setattr(one, "_measure_round", lambda servers, number: driver.append(os.sched_getaffinity(0)))
+    one._measure(stubs)
+    first, last = [min(own)], [max(own)]
+    assert had == {"a": [first, last, first], "b": [last, first, last]}
+    assert driver == [set(first)] * 3
+    assert os.sched_getaffinity(0) == own
